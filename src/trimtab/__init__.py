@@ -1,0 +1,72 @@
+"""Trimtab fine-tunes a large pretrained model by training a little of it.
+
+    import trimtab as tt
+    tt.attach(model, tt.LoRA(rank=16), where="q, v")
+
+Names are imported when they are first used; methods, storage formats and presets are found by name in their folders.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "attach": "core.attach",
+    "detach": "core.attach",
+    "activate": "core.attach",
+    "merge": "core.merge",
+    "save": "core.save",
+    "load": "core.save",
+    "quantize": "core.quantized",
+    "dequantize": "core.quantized",
+    "fisher": "core.fisher",
+    "select": "core.select",
+    "Method": "core.method",
+    "WeightMethod": "core.method",
+    "HiddenMethod": "core.method",
+    "InputMethod": "core.method",
+    "Site": "core.site",
+    "Base": "core.site",
+    "Format": "core.format",
+    "UserError": "core.errors",
+    "register": "core.registry",
+    "methods": "catalog",
+    "formats": "catalog",
+    "presets": "presets",
+    "laws": "laws",
+    "Recipe": "train.recipe",
+    "tune": "train.run",
+}
+"""Public name -> module that defines it. Methods, formats and presets come from their folders instead."""
+
+_MODULES = ("presets", "laws")
+"""Public names that are modules themselves."""
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _HOME:
+        module = importlib.import_module(f"trimtab.{_HOME[name]}")
+        return module if name in _MODULES else getattr(module, name)
+    if name[:1].isupper():
+        from trimtab.core.errors import UserError
+        from trimtab.core.registry import find
+
+        presets = importlib.import_module("trimtab.presets")
+        if hasattr(presets, name):
+            return getattr(presets, name)
+        for kind in ("methods", "storage"):
+            try:
+                return find(name, kind)
+            except UserError:
+                continue
+    raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

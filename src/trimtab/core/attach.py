@@ -1,0 +1,320 @@
+"""The verbs attach, detach and activate. Each one plans first and changes the model only when nothing can fail."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core import batch as batches
+from trimtab.core.delta import (
+    Adapter,
+    Delta,
+    Deltas,
+    Group,
+    Part,
+    State,
+    build,
+    check_names,
+    edited_modules,
+    require_state,
+    state_of,
+)
+from trimtab.core.errors import UserError, listing
+from trimtab.core.install import install, is_raw, plain_base, raw_weight, uninstall
+from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
+from trimtab.core.registry import name_of
+from trimtab.core.select import Place, select
+from trimtab.core.site import Base, Known, RawBase, Site, kind_of
+
+SHARED = "trimtab_shared"
+Attachable = Method | Placed | Sequence[Method | Placed]
+
+
+def attach(
+    model: nn.Module,
+    method: Attachable,
+    where: str | None = None,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put a method (or the parts of a preset) on a model, freeze everything else, and return the model.
+
+    `where` says which sites, in the `where` language; None takes the method's own default. Adapters with different
+    `name`s stack. The start depends on (seed, site name) only, not on the order of attaching. `dtype` keeps the
+    trained tensors in a wider type than the base (fp32 masters under bf16). `statistics` maps site names to what the
+    method wants measured first (`trimtab.fisher`). Errors: a pattern that matches nothing, a site of a kind the method
+    does not support, a name in use; nothing is changed then.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"attach: adapter name {name!r} is not usable", fix="letters, digits, - and _ only")
+    state = state_of(model) or State()
+    if name in state.adapters:
+        raise UserError(
+            f"attach: an adapter named {name!r} is attached already",
+            fix=f"another name= to stack, or trimtab.detach(model, {name!r}) first",
+        )
+    parts = plan(model, method, where)
+    work = [(part, *prepare(model, state, part, name, seed, dtype, statistics or {})) for part in parts]
+    commit(model, state, Adapter(name, seed, parts), work)
+    return model
+
+
+def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list[Part]:
+    """Resolve where each part of an attachment goes; raises one error for everything that does not match."""
+    listed = [method] if isinstance(method, Method | Placed) else list(method)
+    if not listed:
+        raise UserError("attach: no method was given")
+    if where is not None and len(listed) > 1:
+        raise UserError(
+            "attach: `where` is ambiguous for a preset of several parts",
+            fix='give each part its own place: [LoRA().at("q, v"), ...]',
+        )
+    parts: list[Part] = []
+    labels: dict[str, int] = {}
+    for item in listed:
+        one, place = item if isinstance(item, Placed) else (item, None)
+        if not isinstance(one, Method):
+            raise UserError(f"attach: expected a method, found {one!r}", fix="for example trimtab.LoRA(rank=8)")
+        place = where or place or one.where
+        stem = name_of(type(one))
+        labels[stem] = labels.get(stem, 0) + 1
+        label = stem if labels[stem] == 1 else f"{stem}-{labels[stem]}"
+        try:
+            places = select(model, place, kinds=one.hosts)
+        except UserError as error:
+            raise UserError(f"attach({type(one).__name__}): {error.message}", fix=error.fix) from None
+        problems = [problem for found in places if (problem := unfit(model, one, found))]
+        if problems:
+            raise UserError(f"attach({type(one).__name__}): {listing(problems, 5)}")
+        parts.append(Part(one, place, label, places))
+    return parts
+
+
+def unfit(model: nn.Module, method: Method, place: Place) -> str | None:
+    """Why a method cannot sit at a place, or None."""
+    module = model.get_submodule(place.module)
+    kind = kind_of(module)
+    if is_raw(module, place):
+        if not isinstance(method, WeightMethod):
+            return f"{place.name} is read as a raw weight, which only a weight-space method can edit"
+        return None
+    if kind not in method.hosts:
+        return f"{place.name} is a {kind} site; {type(method).__name__} supports {listing(sorted(method.hosts))}"
+    if isinstance(method, InputMethod) and batches.stack_of(model, place.module) is None:
+        return f"{place.name} has no ancestor that takes input_ids, so virtual tokens cannot be added"
+    return None
+
+
+def prepare(
+    model: nn.Module,
+    state: State,
+    part: Part,
+    name: str,
+    seed: int,
+    dtype: torch.dtype | None,
+    statistics: Mapping[str, Tensor],
+) -> tuple[list[Delta], Group | None]:
+    """The deltas of one part, drawn but not yet installed."""
+    method = part.method
+    sites = [site_at(model, state, place, index, statistics) for index, place in enumerate(part.places)]
+    wanted = method.statistics
+    missing = [site.name for site in sites if wanted and wanted not in site.statistics and not site.base.weight.is_meta]
+    if missing:
+        raise UserError(
+            f"attach({type(method).__name__}): no {wanted} was measured for {listing(missing, 3)}",
+            fix=f"statistics=trimtab.{wanted}(model, batches, where={part.where!r})",
+        )
+    slot = batches.slot_name(name, part.label)
+    deltas = []
+    with torch.no_grad():
+        kind, device = dtype_and_device(model, part.places[0])
+        with drawing(seed, part.label, device):
+            drawn = method.shared(sites)
+        group = Group(build(drawn, dtype=dtype or kind, device=device)) if drawn else None
+        for site, place in zip(sites, part.places, strict=True):
+            kind, device = dtype_and_device(model, place)
+            site.shared = group
+            with drawing(seed, site.name, device):
+                tensors = init_at(method, site, place, model)
+            delta = Delta(
+                method, build(tensors, dtype=dtype or kind, device=device), adapter=name, slot=slot, rows=place.rows
+            )
+            delta.master = dtype is not None and dtype != kind
+            delta.share(group)
+            deltas.append(delta)
+    return deltas, group
+
+
+def init_at(method: Method, site: Site, place: Place, model: nn.Module) -> dict[str, Any]:
+    """`method.init(site)`; for a stack of expert matrices, one draw per expert, stacked."""
+    module = model.get_submodule(place.module)
+    if not is_raw(module, place) or raw_weight(module, place).kind != "experts":
+        return method.init(site)
+    stacked = site.base.weight
+    drawn = []
+    for matrix in stacked:
+        one = Site(**{**vars(site), "base": RawBase(matrix)})
+        drawn.append(method.init(one))
+    return _stack(drawn)
+
+
+def site_at(
+    model: nn.Module, state: State, place: Place, index: int = 0, statistics: Mapping[str, Tensor] | None = None
+) -> Site:
+    """The Site of a place, with the deltas that are active there now as part of its base."""
+    module = model.get_submodule(place.module)
+    width = place.features or 0
+    base = plain_base(module, place, width)
+    deltas = module._modules.get("delta")
+    if isinstance(deltas, Deltas) and not is_raw(module, place):
+        base = deltas.over(base, state.active)
+    if place.rows is not None:
+        base = rows_of(base, place)
+    measured = (statistics or {}).get(place.name)
+    stats = {} if measured is None else {"fisher": measured}
+    kind = "linear" if place.parameter is not None else kind_of(module)
+    return Site(place.name, base, kind, place.role, place.layer, width, index, stats)
+
+
+def rows_of(base: Base, place: Place) -> Base:
+    """The slice of a base that a place names; for experts, of each matrix."""
+    assert place.rows is not None
+    if isinstance(base, RawBase) and base.weight.ndim == 3:
+        return RawBase(base.weight[:, place.rows[0] : place.rows[1]])
+    return Known(base, place.rows)
+
+
+def commit(
+    model: nn.Module, state: State, adapter: Adapter, work: Sequence[tuple[Part, list[Delta], Group | None]]
+) -> None:
+    """Install prepared deltas: from here on nothing is refused."""
+    if not state.adapters:
+        state.frozen = {key: value.requires_grad for key, value in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.__dict__["_trimtab"] = state
+    for index, (part, deltas, group) in enumerate(work):
+        for place, delta in zip(part.places, deltas, strict=True):
+            module = model.get_submodule(place.module)
+            key = adapter.name + (f"+{index}" if index else "")
+            key += f"/{place.parameter}" if place.parameter else ""
+            key += f":{place.part}" if place.part else ""
+            stack = batches.stack_of(model, place.module) if reads_batch(part.method) else None
+            install(module, place, delta, key, state, stack.path if stack else "", place.features or 0)
+        if group is not None:
+            if SHARED not in model._modules:
+                model.add_module(SHARED, nn.ModuleDict())
+            model._modules[SHARED][batches.slot_name(adapter.name, part.label)] = group  # type: ignore[index]
+    state.adapters[adapter.name] = adapter
+    state.active = (*state.active, adapter.name)
+    state.rows = None
+    wanted = [place.module for part, *_ in work if reads_batch(part.method) for place in part.places]
+    if wanted:
+        batches.install_hooks(model, state, wanted)
+
+
+def reads_batch(method: Method) -> bool:
+    """Whether a method needs to know positions: virtual tokens, or edits at prompt positions."""
+    return isinstance(method, InputMethod) or getattr(method, "reads_batch", False)
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take an adapter (None: all of them) off again: classes, flags and every bit of the base are as before."""
+    state = require_state(model, "detach")
+    names = list(state.adapters) if name is None else [name]
+    check_names(state, names, "detach")
+    for one in names:
+        for _, module in list(edited_modules(model)):
+            uninstall(module, one)
+        shared: Any = model._modules.get(SHARED, {})
+        for key in [key for key in shared if key.startswith(f"{one}/")]:
+            del shared[key]
+        del state.adapters[one]
+    state.active = tuple(other for other in state.active if other in state.adapters)
+    state.rows = None
+    if SHARED in model._modules and not len(model._modules[SHARED]):  # type: ignore[arg-type]
+        del model._modules[SHARED]
+    if not any(reads_batch(part.method) for adapter in state.adapters.values() for part in adapter.parts):
+        batches.remove_hooks(state)
+    if not state.adapters:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(state.frozen.get(key, parameter.requires_grad))
+        del model.__dict__["_trimtab"]
+    return model
+
+
+def activate(model: nn.Module, names: str | None | tuple[str, ...] | list[Any]) -> nn.Module:
+    """Choose the adapters in use: one name, a tuple (stacked), None (the base alone), or a list with one per batch row."""
+    state = require_state(model, "activate")
+    per_row = [_stacked(name) for name in names] if isinstance(names, list) else None
+    flat = [name for row in per_row for name in row] if per_row is not None else list(_stacked(names))
+    check_names(state, flat, "activate")
+    if per_row is not None:
+        raw = [path for path, module in edited_modules(model) if hasattr(module.delta, "layouts")]
+        if raw and any(d.adapter in flat for path in raw for d in model.get_submodule(path).delta.values()):  # type: ignore[union-attr,operator]
+            raise UserError(
+                f"activate: rows of one batch cannot differ at weights that are read raw: {listing(raw, 4)}",
+                fix="activate one adapter for all rows, or leave these sites out of `where`",
+            )
+        if not per_row:
+            raise UserError("activate: an empty list names no row")
+        state.rows = per_row
+    else:
+        state.active, state.rows = tuple(flat), None
+    return model
+
+
+def dtype_and_device(model: nn.Module, place: Place) -> tuple[torch.dtype, torch.device]:
+    """Where and in which floating type a place's trained tensors live: as its weight, or as the model's first one."""
+    module = model.get_submodule(place.module)
+    code = module._modules.get("code")
+    if code is not None:
+        return code.dtype, next(code.parameters()).device  # type: ignore[return-value]
+    for source in (module.parameters(), model.parameters()):
+        for parameter in source:
+            if parameter.is_floating_point():
+                return parameter.dtype, parameter.device
+    return torch.get_default_dtype(), torch.device("cpu")
+
+
+class drawing:
+    """Context in which torch's CPU generator is seeded by (seed, name) and new tensors land on CPU, or on meta."""
+
+    def __init__(self, seed: int, name: str, device: torch.device) -> None:
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        self.seed = int.from_bytes(digest[:8], "little") >> 1
+        self.device = torch.device("meta") if device.type == "meta" else torch.device("cpu")
+
+    def __enter__(self) -> None:
+        self.before = torch.get_rng_state()
+        torch.random.default_generator.manual_seed(self.seed)
+        self.context = self.device
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
+        torch.set_rng_state(self.before)
+
+
+def _stacked(names: str | None | tuple[str, ...]) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _stack(drawn: list[dict[str, Any]]) -> dict[str, Any]:
+    done: dict[str, Any] = {}
+    for key, first in drawn[0].items():
+        values = [one[key] for one in drawn]
+        if isinstance(first, Mapping):
+            done[key] = _stack(values)
+        else:
+            stacked = torch.stack([value.detach() for value in values])
+            done[key] = nn.Parameter(stacked, first.requires_grad) if isinstance(first, nn.Parameter) else stacked
+    return done

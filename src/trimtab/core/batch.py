@@ -1,0 +1,248 @@
+"""What a running forward pass knows of its batch: reserved positions of virtual tokens, and which tokens are prompt.
+
+A *stack* is the module that turns ids into hidden states (LlamaModel, BertModel, one T5Stack each side). Two hooks on
+it reserve positions for virtual tokens and take them off again, so labels, logits, caches and `generate` never see
+them: a causal stack gets them in front, a bidirectional one at the end (its first token stays the first).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import UserError
+from trimtab.core.method import InputMethod
+
+if TYPE_CHECKING:
+    from trimtab.core.delta import State
+
+
+@dataclass
+class Batch:
+    """One forward of one stack. `slots` gives the reserved positions of each input method, empty while decoding."""
+
+    slots: dict[str, tuple[int, int]] = field(default_factory=dict)
+    prompt: Tensor | None = None
+    """(rows, positions) bool: real tokens before the first trained one; None while decoding."""
+
+    def replace(self, y: Tensor, values: Tensor, slot: str) -> Tensor:
+        """`y` (rows, positions, width) with `values` (length, width) at the positions reserved for `slot`."""
+        start, stop = self.slots.get(slot, (0, 0))
+        if start == stop:
+            return y
+        return torch.cat([y[:, :start], values.to(y.dtype).expand(y.shape[0], -1, -1), y[:, stop:]], 1)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How to run the hooks of one stack: its path, argument names, and where virtual tokens go."""
+
+    path: str
+    names: tuple[str, ...]
+    causal: bool
+    filler: int
+
+
+def stack_of(model: nn.Module, path: str) -> Stack | None:
+    """The stack a module at `path` belongs to: its nearest ancestor whose forward takes `input_ids`."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        above = ".".join(parts[:end])
+        module = model.get_submodule(above)
+        names = tuple(inspect.signature(module.forward).parameters)
+        if "input_ids" not in names or (above == "" and any(_takes_ids(child) for child in module.children())):
+            continue
+        config = getattr(module, "config", None)
+        causal = "past_key_values" in names and getattr(config, "is_decoder", True) is not False
+        padding = getattr(config, "pad_token_id", None)
+        return Stack(above, names, causal, 1 if padding == 0 else 0)
+    return None
+
+
+def _takes_ids(module: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(module.forward).parameters
+
+
+def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of a stack: records the batch, and adds reserved positions to everything sequence-shaped."""
+    call = dict(zip(stack.names, args, strict=False)) | kwargs
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    if tokens is None:
+        raise UserError("forward: neither input_ids nor inputs_embeds was given to a model with adapters that need them")
+    past = call.get("past_key_values")
+    done = past.get_seq_length() if past is not None and stack.causal else 0
+    rows, length = tokens.shape[:2]
+
+    slots: dict[str, tuple[int, int]] = {}
+    total = 0
+    for name, slot, count in reserved(stack, state):
+        if any(name in names for names in state.rows or [state.active]):
+            slots[slot] = (total, total + count)
+            total += count
+    mask = call.get("attention_mask")
+    if total and mask is not None and mask.ndim != 2:
+        raise UserError(
+            f"forward: virtual tokens need a 2-D attention mask (rows, positions), found {mask.ndim}-D",
+            fix="pass the padding mask and let the model build the rest (generate: use a dynamic cache)",
+        )
+    real = mask[:, -length:].bool() if mask is not None and mask.ndim == 2 else tokens.new_ones(rows, length, dtype=torch.bool)
+    prompt = None if done else real
+    if prompt is not None and state.prompt is not None and state.prompt.shape == prompt.shape:
+        prompt = prompt & state.prompt
+
+    if total:
+        where = "front" if stack.causal else "back"
+        live = _live(slots, stack, state, rows, total, tokens.device)
+        if mask is None and (done or not bool(live.all())):
+            mask = tokens.new_ones(rows, length + max(0, done - total), dtype=torch.long)
+        if mask is not None:
+            call["attention_mask"] = _join(live.to(mask.dtype), mask, where)
+        if not done:
+            if ids is not None:
+                call["input_ids"] = _join(ids.new_full((rows, total), stack.filler), ids, where)
+            else:
+                call["inputs_embeds"] = _join(embeds.new_zeros(rows, total, embeds.shape[2]), embeds, where)
+            types = call.get("token_type_ids")
+            if types is not None:
+                call["token_type_ids"] = _join(types.new_zeros(rows, total), types, where)
+            prompt = _join(prompt.new_zeros(rows, total), prompt, where)  # type: ignore[union-attr]
+        positions = call.get("position_ids")
+        if positions is None and stack.causal and state.rows is not None:
+            positions = torch.arange(length, device=tokens.device) + max(0, done - total)
+            positions = positions.expand(rows, -1)
+        if positions is not None and stack.causal:
+            if positions.ndim != 2:
+                raise UserError(f"forward: virtual tokens need 2-D position ids, found {positions.ndim}-D")
+            positions = positions + live.sum(1, keepdim=True)
+            if not done:
+                front = (live.cumsum(1) - 1).clamp(min=0).to(positions.dtype)
+                positions = torch.cat([front, positions.expand(rows, -1)], 1)
+            call["position_ids"] = positions
+        elif positions is not None:
+            call["position_ids"] = _join(positions.new_zeros(positions.shape[0], total), positions, where)
+        if where == "back":
+            slots = {slot: (length + start, length + stop) for slot, (start, stop) in slots.items()}
+    state.batches[stack.path] = Batch({} if done else slots, prompt)
+    return (), call
+
+
+def release(stack: Stack, state: State, module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of a stack: takes the reserved positions off every hidden state it returns."""
+    batch = state.batches.get(stack.path)
+    if batch is None or not batch.slots:
+        return output
+    start = min(start for start, _ in batch.slots.values())
+    stop = max(stop for _, stop in batch.slots.values())
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim == 3:
+            return value[:, stop:] if stack.causal else value[:, :start]
+        return tuple(strip(item) for item in value) if isinstance(value, tuple) else value
+
+    if isinstance(output, Tensor):
+        return strip(output)
+    if isinstance(output, tuple):
+        return (strip(output[0]), *output[1:])
+    for key in ("last_hidden_state", "hidden_states"):
+        if output.get(key) is not None:
+            output[key] = strip(output[key])
+    return output
+
+
+def reserved(stack: Stack, state: State) -> Iterator[tuple[str, str, int]]:
+    """(adapter, slot, tokens) of every input method with a site in this stack, in the order of attaching."""
+    inside = stack.path + "." if stack.path else ""
+    for adapter in state.adapters.values():
+        for part in adapter.parts:
+            if isinstance(part.method, InputMethod) and any(place.module.startswith(inside) for place in part.places):
+                yield adapter.name, slot_name(adapter.name, part.label), part.method.virtual_tokens
+
+
+def slot_name(adapter: str, label: str) -> str:
+    """The key under which one part of an adapter has its reserved positions."""
+    return f"{adapter}/{label}"
+
+
+def see_labels(state: State, names: tuple[str, ...], module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook of the root: token labels say where the prompt of each row ends."""
+    labels = (dict(zip(names, args, strict=False)) | kwargs).get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2:
+        state.prompt = prompt_mask(labels)
+    elif not state.prompt_held:
+        state.prompt = None
+
+
+def prompt_mask(labels: Tensor) -> Tensor:
+    """(rows, positions) bool: before the first trained label of a row; all of it when nothing precedes that label."""
+    before = (labels != -100).cumsum(1) == 0
+    return before | ~before.any(1, keepdim=True)
+
+
+@contextmanager
+def prompts(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
+    """For loops that compute their own loss: tells position-dependent methods the labels the model does not get."""
+    state = model.__dict__.get("_trimtab")
+    if state is None or labels is None or labels.ndim != 2:
+        yield
+        return
+    state.prompt, state.prompt_held = prompt_mask(labels), True
+    try:
+        yield
+    finally:
+        state.prompt, state.prompt_held = None, False
+
+
+def install_hooks(model: nn.Module, state: State, paths: list[str]) -> None:
+    """Put the hooks on the root and on the stacks of these module paths, once each."""
+    present = {hook[0] for hook in state.hooks}
+    for path in paths:
+        stack = stack_of(model, path)
+        if stack is None:
+            continue
+        if stack.path not in present:
+            present.add(stack.path)
+            module = model.get_submodule(stack.path)
+            before = module.register_forward_pre_hook(partial(reserve, stack, state), with_kwargs=True)
+            after = module.register_forward_hook(partial(release, stack, state))
+            state.hooks.append((stack.path, before, after))
+    names = tuple(inspect.signature(model.forward).parameters)
+    if "labels" in names and "labels of the root" not in present:
+        handle = model.register_forward_pre_hook(partial(see_labels, state, names), with_kwargs=True)
+        state.hooks.append(("labels of the root", handle))
+
+
+def remove_hooks(state: State) -> None:
+    """Take every hook off again."""
+    for _, *handles in state.hooks:
+        for handle in handles:
+            handle.remove()
+    state.hooks.clear()
+    state.batches.clear()
+    state.prompt = None
+
+
+def _join(virtual: Tensor, real: Tensor, where: str) -> Tensor:
+    return torch.cat([virtual, real] if where == "front" else [real, virtual], 1)
+
+
+def _live(
+    slots: dict[str, tuple[int, int]], stack: Stack, state: State, rows: int, total: int, device: torch.device
+) -> Tensor:
+    """(rows, total) bool: a row attends to the virtual tokens of its own adapters only."""
+    if state.rows is None:
+        return torch.ones(rows, total, dtype=torch.bool, device=device)
+    live = torch.zeros(rows, total, dtype=torch.bool, device=device)
+    for names, index in state.row_groups(rows):
+        for name, slot, _ in reserved(stack, state):
+            if name in names:
+                start, stop = slots[slot]
+                live[index, start:stop] = True
+    return live

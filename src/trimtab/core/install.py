@@ -1,0 +1,269 @@
+"""Installing deltas on a module: class swap where forward is replaced, properties for raw weights, hooks as the last.
+
+Which one is used follows from the host alone, never from the method:
+
+    forward   Linear, Conv1D, Embedding, Conv, and any opaque module: its class's forward calls the deltas
+    weight    weights that are read raw (attention's in_proj, 3-D experts, norms, grouped conv): the parameter becomes a
+              property that returns the edited weight, while the stored one keeps its name in the state dict
+    hook      a module whose class cannot change (TorchScript): a forward hook calls the deltas
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.delta import Delta, Deltas, State
+from trimtab.core.errors import UserError
+from trimtab.core.select import Place
+from trimtab.core.site import (
+    Base,
+    Conv1DBase,
+    ConvBase,
+    EmbeddingBase,
+    LinearBase,
+    ModuleBase,
+    OpaqueBase,
+    RawBase,
+    is_conv1d,
+    kind_of,
+    splice,
+)
+from trimtab.core.swap import inner_forward, swap, unswap
+
+INPUT_NAMES = ("hidden_states", "input", "inputs", "x")
+
+
+def host_class(module: nn.Module) -> type[ModuleBase] | None:
+    """The Base of a module with a weight of its own, or None for an opaque one."""
+    if is_conv1d(module):
+        return Conv1DBase
+    return {"linear": LinearBase, "embedding": EmbeddingBase, "conv": ConvBase}.get(kind_of(module))
+
+
+# ------------------------------------------------------------------------------------------------ forward replaced
+
+
+def edited_forward(cls: type) -> dict[str, Any]:
+    """Namespace of a subclass of a Linear, Conv1D, Embedding or Conv whose forward goes through its deltas."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        deltas: Any = self.delta
+        y = deltas(x, host_class(self)(self, inner_forward(self, cls), deltas.batch))  # type: ignore[misc]
+        return y.movedim(-1, 1) if isinstance(self, nn.modules.conv._ConvNd) else y
+
+    return {"forward": forward}
+
+
+def edited_opaque(cls: type) -> dict[str, Any]:
+    """Namespace of a subclass of any module whose first output goes through its deltas."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run_opaque(self, inner_forward(self, cls), args, kwargs)
+
+    return {"forward": forward}
+
+
+def run_opaque(module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call the deltas of an opaque module, passing on all other arguments and outputs."""
+    deltas: Any = module.delta
+    if args:
+        x, args = args[0], args[1:]
+    else:
+        name = next((name for name in INPUT_NAMES if name in kwargs), None) or next(iter(kwargs))
+        kwargs = dict(kwargs)
+        x = kwargs.pop(name)
+    base = OpaqueBase(module, inner, deltas.batch, args, kwargs, deltas.width)
+    y = deltas(x, base)
+    return y if base.rest is None else (y, *base.rest)
+
+
+def delta_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Forward hook for a module whose class cannot change: its output is already known."""
+    deltas: Any = module.delta
+    return deltas(args[0], OpaqueBase(module, lambda x: output, deltas.batch, (), {}, deltas.width))
+
+
+# ------------------------------------------------------------------------------------------------- weight replaced
+
+
+@dataclass(frozen=True)
+class RawWeight:
+    """A parameter that is read raw, shown to methods in canonical (out, in) form."""
+
+    name: str
+    kind: str
+    """matrix, vector (a norm), conv (kernel flattened) or experts (a leading axis of independent matrices)."""
+    transposed: bool = False
+
+    @property
+    def bias_name(self) -> str | None:
+        return self.name.replace("weight", "bias") if "weight" in self.name else f"{self.name}_bias"
+
+    def canonical(self, W: Tensor) -> Tensor:
+        W = {"vector": lambda: W[:, None], "conv": lambda: W.flatten(1)}.get(self.kind, lambda: W)()
+        return W.mT if self.transposed else W
+
+    def stored(self, W: Tensor, like: Tensor) -> Tensor:
+        return (W.mT if self.transposed else W).reshape(like.shape)
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        return module._parameters.get(self.bias_name or "")
+
+
+def raw_weight(module: nn.Module, place: Place) -> RawWeight:
+    """How the parameter of a place is laid out."""
+    name = place.parameter or "weight"
+    W = module._parameters[name]
+    assert W is not None
+    kind = "vector" if W.ndim == 1 else "conv" if isinstance(module, nn.modules.conv._ConvNd) else "matrix"
+    return RawWeight(name, "experts" if W.ndim == 3 and kind == "matrix" else kind, getattr(place, "transposed", False))
+
+
+class RawDeltas(Deltas):
+    """Deltas on raw weights: computes the edited parameters, once per forward of their module."""
+
+    def __init__(self, state: State, stack: str) -> None:
+        super().__init__(state, stack)
+        self.__dict__["layouts"], self.__dict__["ready"] = {}, {}
+
+    def names(self) -> list[str]:
+        """The parameters these deltas may change, biases included."""
+        return [name for layout in self.layouts.values() for name in (layout.name, layout.bias_name) if name]
+
+    def value(self, module: nn.Module, name: str) -> Tensor | None:
+        """The edited parameter `name` of `module`."""
+        if name not in self.ready:
+            for layout in dict.fromkeys(self.layouts.values()):
+                if name in (layout.name, layout.bias_name):
+                    return self.compute(module, layout)[name]
+        return self.ready[name]
+
+    def compute(self, module: nn.Module, layout: RawWeight) -> dict[str, Tensor | None]:
+        """The edited weight and bias of one layout."""
+        if self.state.rows is not None:
+            raise UserError(
+                f"activate: {type(module).__name__} reads its weights raw, so its rows cannot use different adapters",
+                fix="activate one adapter for all rows, or leave these modules out of `where`",
+            )
+        stored, b = module._parameters[layout.name], layout.bias(module)
+        assert stored is not None
+        W = layout.canonical(stored)
+        for key, delta in self.items():
+            if self.layouts[key] == layout and delta.adapter in self.state.active:  # type: ignore[union-attr]
+                W, b = edit_raw(delta, W, b, layout)  # type: ignore[arg-type]
+        return {layout.name: layout.stored(W, stored), layout.bias_name or "": b}
+
+    def run(self, module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`inner` with every edited parameter computed once."""
+        for layout in dict.fromkeys(self.layouts.values()):
+            self.ready.update(self.compute(module, layout))
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            self.ready.clear()
+
+
+def edit_raw(delta: Delta, W: Tensor, b: Tensor | None, layout: RawWeight) -> tuple[Tensor, Tensor | None]:
+    """One delta on a canonical weight; a stack of expert matrices is edited matrix by matrix."""
+    if layout.kind != "experts":
+        return delta.effective(RawBase(W, b), delta.rows)
+    rows = delta.rows or (0, W.shape[1])
+    fields = dict(delta.named_parameters()) | dict(delta.named_buffers())
+    method: Any = delta.method
+    part = torch.func.vmap(lambda w, p: method.weight(w, Fields(p)))(
+        W[:, rows[0] : rows[1]], {key: value.to(W.dtype) if value.is_floating_point() else value for key, value in fields.items()}
+    )
+    return splice(W, part, *rows, dim=1), b
+
+
+class Fields:
+    """Tensors by dotted name, read by attribute as a Group is."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._tensors:
+            return self._tensors[name]
+        inner = {key[len(name) + 1 :]: value for key, value in self._tensors.items() if key.startswith(name + ".")}
+        if not inner:
+            raise AttributeError(name)
+        return Fields(inner)
+
+
+def edited_weights(cls: type, names: tuple[str, ...]) -> dict[str, Any]:
+    """Namespace of a subclass in which these parameters are properties returning their edited value."""
+
+    def parameter(name: str) -> property:
+        return property(lambda self: self.delta.value(self, name) if name in self.delta.names() else self._parameters[name])
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.delta.run(self, inner_forward(self, cls), args, kwargs)  # type: ignore[union-attr,operator]
+
+    return {"forward": forward, **{name: parameter(name) for name in names}}
+
+
+# -------------------------------------------------------------------------------------------------- on and off again
+
+
+def is_raw(module: nn.Module, place: Place) -> bool:
+    """Whether a place is edited as a raw weight rather than through its module's forward."""
+    grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+    return place.parameter is not None or grouped or kind_of(module) == "norm"
+
+
+def install(module: nn.Module, place: Place, delta: Delta, key: str, state: State, stack: str, width: int) -> None:
+    """Add one delta to a module, swapping its class the first time."""
+    raw = is_raw(module, place)
+    if "delta" not in module._modules:
+        if hasattr(module, "delta"):
+            raise UserError(f"attach: {place.name} already has an attribute named `delta`")
+        deltas = RawDeltas(state, stack) if raw else Deltas(state, stack)
+        deltas.__dict__["width"], deltas.__dict__["hook"] = width, None
+        module.add_module("delta", deltas)
+        try:
+            if raw:
+                names = [n for n in module._parameters if module._parameters[n] is not None or n.endswith("bias")]
+                swap(module, edited_weights, tuple(names))
+            else:
+                swap(module, edited_forward if host_class(module) else edited_opaque)
+        except TypeError:
+            deltas.__dict__["hook"] = module.register_forward_hook(delta_hook, with_kwargs=True)
+    deltas = module._modules["delta"]  # type: ignore[assignment]
+    if raw != isinstance(deltas, RawDeltas):
+        raise UserError(f"attach: {place.name} is already edited {'through its forward' if raw else 'as a raw weight'}")
+    if raw:
+        deltas.layouts[key] = raw_weight(module, place)
+    deltas[key] = delta
+
+
+def uninstall(module: nn.Module, adapter: str) -> None:
+    """Remove one adapter's deltas from a module; the last one restores its class."""
+    deltas: Any = module._modules["delta"]
+    for key in [key for key, delta in deltas.items() if delta.adapter == adapter]:
+        del deltas[key]
+        deltas.__dict__.get("layouts", {}).pop(key, None)
+    if not len(deltas):
+        hook = deltas.__dict__.get("hook")
+        if hook is not None:
+            hook.remove()
+        else:
+            unswap(module)
+        del module._modules["delta"]
+
+
+def plain_base(module: nn.Module, place: Place, width: int, deltas: Deltas | None = None) -> Base:
+    """The Base of a place outside a forward: what `init` and `merge` read."""
+    if is_raw(module, place):
+        layout = raw_weight(module, place)
+        W, b = layout.canonical(module._parameters[layout.name]), layout.bias(module)  # type: ignore[arg-type]
+        return RawBase(W, b)
+    inner = inner_forward(module, type(module))
+    host = host_class(module)
+    return OpaqueBase(module, inner, None, (), {}, width) if host is None else host(module, inner)
+

@@ -1,0 +1,162 @@
+"""The method axis: a method is a frozen dataclass of hyper-parameters with pure functions, its verbs.
+
+Three trainable spaces, each an abstract class with its own few verbs:
+
+    weight   weight(W, p) -> W'      bias(b, p) -> b'      (fast `forward` and exact `merge` are optional)
+    hidden   forward(x, base, p) -> y
+    input    virtual(p) -> (length, out)
+
+`p` is what `init(site)` returned, read by attribute: an `nn.Parameter` trains, a plain tensor is fixed, an `nn.Module`
+is a body, a dict is a nested group. `base` is the frozen thing seen through `trimtab.core.site.Base`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trimtab.core.quantized import Code
+    from trimtab.core.site import Base, Site
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Abstract base of everything trainable. Fields are the hyper-parameters: also the JSON, the flags and equality."""
+
+    space: ClassVar[str]
+    """`weight`, `hidden` or `input`."""
+    paper: ClassVar[str] = ""
+    """arXiv id of the method's paper."""
+    where: ClassVar[str] = "all-linear"
+    """Default sites in the `where` language."""
+    learning_rate: ClassVar[float] = 2e-4
+    """A sensible AdamW learning rate: methods differ here by factors of hundreds."""
+    hosts: ClassVar[frozenset[str]] = frozenset({"linear"})
+    """Kinds of site it can sit on: linear, embedding, conv, norm, opaque."""
+    mergeable: ClassVar[bool] = False
+    """Whether the trained delta folds into the frozen weight."""
+    elastic: ClassVar[frozenset[str]] = frozenset()
+    """Names of tensors whose shape is chosen from data at init, so a file decides it at load."""
+    statistics: ClassVar[str | None] = None
+    """What must be measured on the model before `init` (`fisher`), else None."""
+    laws: ClassVar[Mapping[str, str]] = {}
+    """Laws this method does not obey, each with the reason; shown in the docs."""
+
+    @abstractmethod
+    def init(self, site: Site) -> dict[str, Any]:
+        """Tensors at one site, drawn from torch's global generator, which is seeded by (seed, site name)."""
+
+    @abstractmethod
+    def count(self, site: Site) -> int:
+        """Number of trained values at one site, by the formula of the paper (what `shared` trains is not in it)."""
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """Tensors that all sites of one attachment use together, read as `p.shared.<name>`; none by default."""
+        return {}
+
+    def count_shared(self, sites: Sequence[Site]) -> int:
+        """Number of trained values in what `shared` returns, by formula."""
+        return 0
+
+    @abstractmethod
+    def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
+        """The output of the edited site for its input `x`."""
+
+    def penalty(self, p: Any) -> Tensor | None:
+        """A term added to the loss for one site (orthogonality, sparsity), or None."""
+        return None
+
+    def on_step(self, p: Any, step: int) -> None:
+        """Called after each optimizer step (re-masking, re-allocation); nothing by default."""
+
+    def at(self, where: str) -> Placed:
+        """This method at other sites than its default ones: `LoRA(rank=4).at("q, v")`."""
+        return Placed(self, where)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A method together with where it goes; several make up a preset such as MAM or LongLoRA."""
+
+    method: Method
+    where: str | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.method, self.where))
+
+
+@dataclass(frozen=True)
+class WeightMethod(Method):
+    """y = W'x + b' with W' = weight(W, p) and b' = bias(b, p): the whole family of mergeable methods."""
+
+    space: ClassVar[str] = "weight"
+    mergeable: ClassVar[bool] = True
+
+    def weight(self, W: Tensor, p: Any) -> Tensor:  # noqa: B027 - the identity is the right default
+        """The effective weight (out, in)."""
+        return W
+
+    def bias(self, b: Tensor | None, p: Any) -> Tensor | None:
+        """The effective bias (out), or None where there is none."""
+        return b
+
+    def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
+        return base.affine(x, self.weight(base.weight, p), self.bias(base.bias, p))
+
+    def merge(self, code: Code, p: Any) -> dict[str, Tensor] | None:
+        """New tensors of a quantized weight that absorb the delta exactly, or None when only a dense merge is exact."""
+        return None
+
+    def row_norm(self, base: Base, p: Any, frozen: Tensor) -> Tensor:
+        """Row norms (out) of the effective weight; `frozen` holds those of W. Low-rank methods override it cheaply."""
+        return torch.linalg.vector_norm(self.weight(base.weight, p), dim=1)
+
+
+@dataclass(frozen=True)
+class HiddenMethod(Method):
+    """Edits activations: y = forward(x, base, p). Not mergeable, since a nonlinearity or a position is in the way."""
+
+    space: ClassVar[str] = "hidden"
+    hosts: ClassVar[frozenset[str]] = frozenset({"linear", "opaque"})
+    laws: ClassVar[Mapping[str, str]] = {"merge": "the edit is not an affine map of the site's input"}
+
+
+@dataclass(frozen=True)
+class InputMethod(Method):
+    """Virtual tokens: `length` reserved positions whose outputs at this site are replaced by `virtual(p)`.
+
+    At the embedding that is a prompt, at k and v it is a prefix. Nothing at a reserved position reaches a real token
+    except through the replaced values, so no cache class and no attention code is touched.
+    """
+
+    space: ClassVar[str] = "input"
+    hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
+    laws: ClassVar[Mapping[str, str]] = {
+        "merge": "virtual tokens have no weight to merge into",
+        "identity": "extra keys take attention mass from the first step on",
+    }
+
+    @property
+    @abstractmethod
+    def virtual_tokens(self) -> int:
+        """How many positions are reserved in each sequence."""
+
+    @abstractmethod
+    def virtual(self, p: Any) -> Tensor:
+        """What the site outputs at the reserved positions: (virtual_tokens, out)."""
+
+    def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
+        y = base(x)
+        return y if base.batch is None else base.batch.replace(y, self.virtual(p), p.slot)
+
+
+def dropout(x: Tensor, rate: float, p: Any) -> Tensor:
+    """Inverted dropout on the adapter's input while training; ids (an embedding's input) have nothing to drop."""
+    return F.dropout(x, rate, p.training) if rate and x.is_floating_point() else x

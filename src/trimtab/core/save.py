@@ -1,0 +1,297 @@
+"""An adapter on disk: `adapter.safetensors` with its own tensors only, and `adapter.json` that describes them.
+
+Keys are `<part>.<site>.<tensor>`, for example `lora.model.layers.0.self_attn.q_proj.A`. Writing is atomic; reading is
+strict: every missing, extra or misshaped key and every site the model lacks is listed in one error, and nothing is
+changed then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core import batch as batches
+from trimtab.core.attach import SHARED, commit, drawing, dtype_and_device, init_at, site_at, unfit
+from trimtab.core.delta import Adapter, Delta, Group, Part, State, build, check_names, require_state, state_of
+from trimtab.core.errors import UserError, listing, nearest
+from trimtab.core.registry import from_json, to_json
+from trimtab.core.select import Place
+from trimtab.core.site import OpaqueBase, RawBase, Site
+
+TENSORS, RECORD = "adapter.safetensors", "adapter.json"
+VERSION = 1
+
+
+def save(
+    model: nn.Module, directory: str | Path, name: str = "default", *, notes: Mapping[str, Any] | None = None
+) -> Path:
+    """Write one adapter to a directory, which is made if needed; `notes` (plain data) are kept in the record.
+
+    Both files are complete on disk before either takes its final name, so a full disk or a kill leaves the old ones.
+    """
+    from safetensors.torch import save as to_bytes
+
+    state = require_state(model, "save")
+    check_names(state, [name], "save")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter_tensors(model, name).items()}
+    blob = to_bytes(tensors, metadata={"format": "pt"})
+    record = describe(model, state.adapters[name]) | {"sha256": hashlib.sha256(blob).hexdigest(), "notes": notes or {}}
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    target = Path(directory)
+    write_together(target, {TENSORS: blob, RECORD: text.encode()})
+    return target
+
+
+def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write several files so that all appear or none: temporary names, flushed to disk, then renamed."""
+    made = not directory.exists()
+    pending: list[tuple[Path, Path]] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            temporary = directory / f".{name}.{os.getpid()}.partial"
+            pending.append((temporary, directory / name))
+            with open(temporary, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for temporary, final in pending:
+            os.replace(temporary, final)
+    except OSError as error:
+        for temporary, _ in pending:
+            temporary.unlink(missing_ok=True)
+        if made and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+        size = sum(map(len, files.values()))
+        raise UserError(
+            f"save: could not write {size:,} bytes to {directory}: {error.strerror or error}",
+            fix="free some space or choose another directory; what was there before is unchanged",
+        ) from None
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Every tensor of an adapter by its key in the file."""
+    state = require_state(model, "save")
+    check_names(state, [name], "save")
+    found: dict[str, Tensor] = {}
+    for part in state.adapters[name].parts:
+        for place, delta in zip(part.places, deltas_of(model, state, name, part), strict=True):
+            for key, value in delta.state_dict().items():
+                found[f"{part.label}.{place.name}.{key}"] = value
+        group: Any = model._modules.get(SHARED)
+        slot = batches.slot_name(name, part.label)
+        if group is not None and slot in group:
+            for key, value in group[slot].state_dict().items():
+                found[f"{part.label}.@shared.{key}"] = value
+    return found
+
+
+def deltas_of(model: nn.Module, state: State, name: str, part: Part) -> list[Delta]:
+    """The delta of a part at each of its places."""
+    slot = batches.slot_name(name, part.label)
+    found = []
+    for place in part.places:
+        deltas: Any = model.get_submodule(place.module)._modules["delta"]
+        found.append(
+            next(
+                delta
+                for key, delta in deltas.items()
+                if delta.slot == slot
+                and delta.rows == place.rows
+                and (place.parameter is None or deltas.layouts[key].name == place.parameter)
+            )
+        )
+    return found
+
+
+def describe(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """The record of an adapter: methods, sites with their shapes, and what it was trained on."""
+    state = require_state(model, "save")
+    parts = []
+    for part in adapter.parts:
+        sites = []
+        for place in part.places:
+            entry = {key: value for key, value in dataclasses.asdict(place).items() if value not in (None, False)}
+            sites.append(entry | {"shape": list(site_at(model, state, place).base.shape)})
+        parts.append({"label": part.label, "method": to_json(part.method), "where": part.where, "sites": sites})
+    config = getattr(model, "config", None)
+    return {
+        "format": "trimtab-adapter",
+        "version": VERSION,
+        "name": adapter.name,
+        "seed": adapter.seed,
+        "base": {"class": plain_class(model), "model_type": getattr(config, "model_type", None)},
+        "parts": parts,
+    }
+
+
+def plain_class(model: nn.Module) -> str:
+    """The class a model had before anything was swapped."""
+    cls: Any = type(model)
+    while "_origin" in vars(cls):
+        cls = cls._origin[0]
+    return cls.__name__
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """`adapter.json` of a directory, checked for being one."""
+    folder = Path(directory)
+    path = folder / RECORD
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"load: {folder} holds a PEFT adapter, which this version does not read yet")
+        beside = [str(found.parent) for found in sorted(folder.glob(f"*/{RECORD}"))] if folder.is_dir() else []
+        raise UserError(
+            f"load: no {RECORD} in {folder}", fix=f"did you mean {listing(beside, 3)}?" if beside else None
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"load: {path} cannot be read: {error}") from None
+    if not isinstance(record, dict) or record.get("format") != "trimtab-adapter":
+        raise UserError(f"load: {path} is not the record of a trimtab adapter")
+    if record.get("version", 0) > VERSION:
+        raise UserError(f"load: {path} is version {record['version']}, this program reads up to {VERSION}", fix="upgrade trimtab")
+    return record
+
+
+def load(model: nn.Module, directory: str | Path, name: str | None = None, *, trainable: bool = True) -> nn.Module:
+    """Attach a saved adapter, bit for bit, under its own name or `name`; returns the model.
+
+    Nothing is drawn or decomposed again. With `trainable=False` its tensors do not ask for gradients.
+    """
+    record = read_record(directory)
+    blob = read_tensors(Path(directory), record)
+    state = state_of(model) or State()
+    adapter = Adapter(name or record["name"], record["seed"], [])
+    if adapter.name in state.adapters:
+        raise UserError(f"load: an adapter named {adapter.name!r} is attached already", fix="pass another name=")
+    problems: list[str] = []
+    work = []
+    used: set[str] = set()
+    for entry in record["parts"]:
+        part = Part(from_json(entry["method"]), entry["where"], entry["label"], [place_of(one) for one in entry["sites"]])
+        shapes = [tuple(one["shape"]) for one in entry["sites"]]
+        problems += misfits(model, part, shapes)
+        if problems:
+            continue
+        deltas, group = outline(model, part, adapter, shapes)
+        holders = [(f"{part.label}.{place.name}.", delta) for place, delta in zip(part.places, deltas, strict=True)]
+        if group is not None:
+            holders.append((f"{part.label}.@shared.", group))  # type: ignore[arg-type]
+        for prefix, holder in holders:
+            for key, expected in holder.state_dict().items():
+                used.add(prefix + key)
+                found = blob.get(prefix + key)
+                if found is None:
+                    problems.append(f"missing {prefix + key} {tuple(expected.shape)}")
+                elif found.shape != expected.shape and key not in part.method.elastic:
+                    problems.append(f"{prefix + key} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+                else:
+                    put(holder, key, found, model, trainable)
+        adapter.parts.append(part)
+        work.append((part, deltas, group))
+    if not problems:
+        problems += [f"unexpected {key} {tuple(blob[key].shape)}" for key in blob if key not in used]
+    if problems:
+        found_class, saved = plain_class(model), record["base"]["class"]
+        raise UserError(
+            f"load: {directory} does not fit this {found_class} ({len(problems)} problems):\n    "
+            + "\n    ".join(problems),
+            fix=None if found_class == saved else f"it was saved from a {saved}",
+        )
+    for (part, deltas, _), place in ((item, place) for item in work for place in item[0].places[:1]):
+        kind, _device = dtype_and_device(model, place)
+        for delta in deltas:
+            stored = next((p.dtype for p in delta.parameters() if p.is_floating_point()), kind)
+            delta.master = stored != kind
+    commit(model, state, adapter, work)
+    return model
+
+
+def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors file of an adapter, checked against the checksum in its record."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    path = folder / TENSORS
+    try:
+        raw = path.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != record.get("sha256"):
+            raise UserError(f"load: {path} is damaged: its checksum is not the one in {RECORD}")
+        return from_bytes(raw)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"load: {path} cannot be read: {error}") from None
+
+
+def place_of(entry: Mapping[str, Any]) -> Place:
+    """A Place from its JSON."""
+    known = {field.name for field in dataclasses.fields(Place)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in known}
+    return Place(**values)
+
+
+def misfits(model: nn.Module, part: Part, shapes: list[tuple[int, ...]]) -> list[str]:
+    """What is wrong with putting a part on this model: modules it lacks, other shapes, unsupported kinds."""
+    problems = []
+    modules = dict(model.named_modules())
+    for place, shape in zip(part.places, shapes, strict=True):
+        module = modules.get(place.module)
+        if module is None or (place.parameter is not None and place.parameter not in module._parameters):
+            close = nearest(place.module, modules, 1)
+            problems.append(f"no site {place.name} in the model" + (f" (nearest: {close[0]})" if close else ""))
+            continue
+        problem = unfit(model, part.method, place)
+        if problem:
+            problems.append(problem)
+            continue
+        found = tuple(site_at(model, State(), place).base.shape)
+        if found != shape:
+            problems.append(f"{place.name} is {found} (out, in), the adapter was made for {shape}")
+    return problems
+
+
+def outline(
+    model: nn.Module, part: Part, adapter: Adapter, shapes: list[tuple[int, ...]]
+) -> tuple[list[Delta], Group | None]:
+    """The deltas of a part with meta tensors: the structure `init` would give, without drawing anything."""
+    meta = torch.device("meta")
+    sites = []
+    for index, (place, shape) in enumerate(zip(part.places, shapes, strict=True)):
+        real = site_at(model, State(), place, index)
+        kind, _ = dtype_and_device(model, place)
+        experts = real.base.weight.shape if isinstance(real.base, RawBase) else shape
+        b = None if isinstance(real.base, OpaqueBase) or real.base.bias is None else torch.empty(shape[0], device=meta)
+        sites.append(Site(**{**vars(real), "base": RawBase(torch.empty(experts, dtype=kind, device=meta), b)}))
+    with torch.no_grad(), drawing(0, "outline", meta):
+        drawn = part.method.shared(sites)
+        group = Group(build(drawn, dtype=torch.float32, device=meta)) if drawn else None
+        deltas = []
+        for site, place in zip(sites, part.places, strict=True):
+            site.shared = group
+            tensors = build(init_at(part.method, site, place, model), dtype=torch.float32, device=meta)
+            slot = batches.slot_name(adapter.name, part.label)
+            delta = Delta(part.method, tensors, adapter=adapter.name, slot=slot, rows=place.rows)
+            delta.share(group)
+            deltas.append(delta)
+    return deltas, group
+
+
+def put(holder: nn.Module, key: str, value: Tensor, model: nn.Module, trainable: bool) -> None:
+    """Replace one meta tensor of an outlined group by the saved one."""
+    *path, last = key.split(".")
+    owner = holder.get_submodule(".".join(path))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    old = owner._parameters.get(last)
+    if old is not None:
+        owner._parameters[last] = nn.Parameter(value.to(device), requires_grad=old.requires_grad and trainable)
+    else:
+        owner._buffers[last] = value.to(device)

@@ -1,0 +1,360 @@
+"""Site and Base: the one place where layer types, transposition, slices and quantization are known.
+
+A method sees a frozen thing only through `Base`: eight members, the same for a Linear, a GPT-2 Conv1D, the q rows of
+a fused projection, an embedding, a convolution, an NF4 weight or another method's edit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from trimtab.core.batch import Batch
+    from trimtab.core.quantized import Code
+
+
+class Base(ABC):
+    """The frozen thing at a site. Canonical orientation everywhere: weights are (out, in), channels are last."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """The frozen output W x + b."""
+
+    @abstractmethod
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        """Apply any (rows, in) weight the way this site applies its own: lookup, convolution or matrix product."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """The frozen output without its bias: W x."""
+        y, b = self(x), self.bias
+        return y if b is None else y - b
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """W (out, in); decoded to dense when it is quantized."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b (out), or None."""
+        return None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), without decoding anything."""
+        W = self.weight
+        return W.shape[0], W.shape[1]
+
+    @property
+    def code(self) -> Code | None:
+        """The quantized record of W, or None when it is dense."""
+        return None
+
+    @property
+    def batch(self) -> Batch | None:
+        """What is known of the running batch (virtual positions, prompt mask), or None outside a model forward."""
+        return None
+
+
+class ModuleBase(Base):
+    """A whole module. `inner` is the forward it had before the edit, patched ones (accelerate) included."""
+
+    __slots__ = ("_batch", "inner", "module")
+
+    def __init__(self, module: nn.Module, inner: Callable[..., Any], batch: Batch | None = None) -> None:
+        self.module, self.inner, self._batch = module, inner, batch
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    @property
+    def batch(self) -> Batch | None:
+        return self._batch
+
+
+class LinearBase(ModuleBase):
+    """nn.Linear, dense or quantized: y = x Wᵀ + b."""
+
+    __slots__ = ()
+
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.linear(x, W, b)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        code = self.code
+        return F.linear(x, self.weight) if code is None else code.matmul(x)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features  # type: ignore[return-value]
+
+    @property
+    def code(self) -> Code | None:
+        return self.module._modules.get("code")  # type: ignore[return-value]
+
+
+class Conv1DBase(LinearBase):
+    """GPT-2's Conv1D stores Wᵀ: (in, out)."""
+
+    __slots__ = ()
+
+    @property
+    def weight(self) -> Tensor:
+        code = self.code
+        return self.module.weight.mT if code is None else code.dense()  # type: ignore[union-attr,return-value]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        code = self.code
+        return tuple(self.module.weight.shape[::-1]) if code is None else code.shape  # type: ignore[union-attr,return-value]
+
+
+class EmbeddingBase(ModuleBase):
+    """nn.Embedding as a matrix product with one-hot columns: W = Eᵀ (dim, vocabulary), x are ids."""
+
+    __slots__ = ()
+
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        y = F.embedding(x, W.mT) * self.gain
+        return y if b is None else y + b
+
+    @property
+    def gain(self) -> float | Tensor:
+        """Gemma multiplies what it looks up by a constant; an edit of E must be multiplied too."""
+        return getattr(self.module, "embed_scale", 1.0)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.mT  # type: ignore[union-attr,return-value]
+
+
+class ConvBase(ModuleBase):
+    """nn.Conv1d/2d/3d with one group: W viewed as (out, in·kernel); outputs are shown with channels last."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x).movedim(1, -1)
+
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        kernel = W.view(W.shape[0], *self.module.weight.shape[1:])  # type: ignore[union-attr]
+        return self.module._conv_forward(x, kernel, b).movedim(1, -1)  # type: ignore[operator]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.flatten(1)  # type: ignore[union-attr,operator,return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias  # type: ignore[return-value]
+
+
+class OpaqueBase(ModuleBase):
+    """Any other module (a dropout, an MLP, a whole block): only its output is known, and its first one is edited."""
+
+    __slots__ = ("args", "kwargs", "rest", "width")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inner: Callable[..., Any],
+        batch: Batch | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        width: int,
+    ) -> None:
+        super().__init__(module, inner, batch)
+        self.args, self.kwargs, self.width, self.rest = args, kwargs, width, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.inner(x, *self.args, **self.kwargs)
+        if isinstance(out, tuple):
+            self.rest = out[1:]  # type: ignore[assignment]
+            return out[0]
+        return out
+
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        raise TypeError(f"{type(self.module).__name__} has no weight: only hidden-space methods fit here")
+
+    @property
+    def weight(self) -> Tensor:
+        raise TypeError(f"{type(self.module).__name__} has no weight: only hidden-space methods fit here")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.width, self.width
+
+
+class RawBase(Base):
+    """A bare weight and bias (attention's in_proj_weight, an expert's matrix, a norm): only `weight`, `bias` matter."""
+
+    __slots__ = ("_bias", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.linear(x, W, b)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias
+
+
+class Known(Base):
+    """Another base restricted to some output rows or batch rows, whose answer for one very `x` is already there."""
+
+    __slots__ = ("base", "rows", "x", "y")
+
+    def __init__(self, base: Base, rows: tuple[int, int] | None, x: Tensor | None = None, y: Tensor | None = None):
+        self.base, self.rows, self.x, self.y = base, rows, x, y
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x is self.x and self.y is not None:
+            return self.y
+        y = self.base(x)
+        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if x is self.x:
+            return super().matmul(x)
+        y = self.base.matmul(x)
+        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        return self.base.affine(x, W, b)
+
+    @property
+    def weight(self) -> Tensor:
+        W = self.base.weight
+        return W if self.rows is None else W[self.rows[0] : self.rows[1]]
+
+    @property
+    def bias(self) -> Tensor | None:
+        b = self.base.bias
+        return b if b is None or self.rows is None else b[self.rows[0] : self.rows[1]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, width = self.base.shape
+        return (out, width) if self.rows is None else (self.rows[1] - self.rows[0], width)
+
+    @property
+    def code(self) -> Code | None:
+        return self.base.code if self.rows is None else None
+
+    @property
+    def batch(self) -> Batch | None:
+        return self.base.batch
+
+
+class Edited(Base):
+    """A base with a delta on it, whole or on some output rows: what the next stacked method sees as its base."""
+
+    __slots__ = ("base", "delta", "rows")
+
+    def __init__(self, base: Base, delta: Any, rows: tuple[int, int] | None) -> None:
+        self.base, self.delta, self.rows = base, delta, rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.rows is None:
+            return self.delta(x, self.base)
+        y, (start, stop) = self.base(x), self.rows
+        part = self.delta(x, Known(self.base, self.rows, x, y[..., start:stop]))
+        return splice(y, part, start, stop, dim=-1)
+
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        return self.base.affine(x, W, b)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.delta.effective(self.base, self.rows)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.delta.effective(self.base, self.rows)[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def batch(self) -> Batch | None:
+        return self.base.batch
+
+
+def splice(whole: Tensor, part: Tensor, start: int, stop: int, dim: int) -> Tensor:
+    """`whole` with [start:stop] along `dim` replaced by `part`, out of place."""
+    before, after = whole.narrow(dim, 0, start), whole.narrow(dim, stop, whole.shape[dim] - stop)
+    return torch.cat([piece for piece in (before, part, after) if piece.shape[dim]], dim)
+
+
+@dataclass
+class Site:
+    """One place a method is put at, as `init` sees it."""
+
+    name: str
+    """Path of the module, with `:part` for a slice: `transformer.h.0.attn.c_attn:q`."""
+    base: Base
+    kind: str
+    """linear, embedding, conv, norm or opaque."""
+    role: str | None = None
+    layer: int | None = None
+    features: int = 0
+    """Width of the residual stream."""
+    index: int = 0
+    """Position among the sites of this attachment."""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    """What was measured for this site before `init` (`fisher`: (out, in))."""
+    shared: Any = None
+    """What `Method.shared` returned, read by attribute."""
+
+    @property
+    def out_features(self) -> int:
+        return self.base.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.base.shape[1]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """HF's Conv1D, recognised by what it is made of, so that core imports nothing of transformers."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+
+
+def kind_of(module: nn.Module) -> str:
+    """linear, embedding, conv, norm (one 1-D weight), attention (torch's own, raw weights) or opaque."""
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "conv"
+    weight = module._parameters.get("weight")
+    alone = set(module._modules) <= {"delta"}
+    return "norm" if weight is not None and weight.ndim == 1 and alone else "opaque"

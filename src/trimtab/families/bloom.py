@@ -1,0 +1,23 @@
+"""BLOOM and Falcon: q, k and v interleaved head by head in one weight, so only the whole is a place.
+
+BLOOM adds the residual inside its MLP module, so `ffn` is the projection before that.
+"""
+
+from __future__ import annotations
+
+from trimtab.core.family import Family
+
+FAMILY = Family(
+    name="bloom",
+    model_types=("bloom", "falcon"),
+    blocks={"h": None},
+    roles={
+        "qkv": "self_attention.query_key_value",
+        "o": "self_attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+        "attn": "self_attention.dense",
+        "ffn": "mlp.dense_4h_to_h",
+    },
+    outside={"embed": "word_embeddings"},
+)

@@ -1,0 +1,23 @@
+"""GPT-NeoX (Pythia): q, k and v interleaved head by head in one weight, so only the whole is a place.
+
+Attention and feed-forward each end in a dropout of the block's own.
+"""
+
+from __future__ import annotations
+
+from trimtab.core.family import Family
+
+FAMILY = Family(
+    name="neox",
+    model_types=("gpt_neox",),
+    blocks={"layers": None},
+    roles={
+        "qkv": "attention.query_key_value",
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+        "attn": "post_attention_dropout",
+        "ffn": "post_mlp_dropout",
+    },
+    outside={"embed": "embed_in"},
+)

@@ -1,0 +1,1 @@
+"""Methods of the input group: one file each."""

@@ -1,0 +1,1 @@
+"""Methods of the start group: one file each."""

@@ -1,0 +1,1 @@
+"""Methods of the weight group: one file each."""

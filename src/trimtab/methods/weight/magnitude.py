@@ -1,0 +1,61 @@
+"""Magnitude: a trained length per output row over any weight method; over LoRA it is DoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.method import WeightMethod
+from trimtab.core.registry import find
+from trimtab.core.site import Base, Site
+
+
+@dataclass(frozen=True)
+class Magnitude(WeightMethod):
+    """W' = m ∘ V / ‖V‖, with V = inner.weight(W) and ‖·‖ the norm of each output row (over in).
+
+    m (out) is trained beside the inner method's tensors; it starts at ‖V‖, so W' = W exactly. The norm is a constant in
+    backward (the paper's eq. 11). Costs what the inner method costs, one product W Aᵀ for the norm (LoRA) and one
+    multiplication per output. Mergeable; the bias is not scaled.
+    arXiv 2402.09353. The official code drops the same x in the frozen term too; here dropout stays in the inner branch.
+    """
+
+    paper: ClassVar[str] = "2402.09353"
+    hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
+    learning_rate: ClassVar[float] = 1e-3
+
+    inner: WeightMethod = field(default_factory=lambda: find("lora")())
+
+    def init(self, site: Site) -> dict[str, Any]:
+        W = site.base.weight
+        frozen = torch.linalg.vector_norm(W, dim=1)
+        inner = self.inner.init(site)
+        return {"m": nn.Parameter(frozen.clone()), "frozen": frozen, "inner": inner}
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Any]:
+        return self.inner.shared(sites)
+
+    def count(self, site: Site) -> int:
+        return site.out_features + self.inner.count(site)
+
+    def count_shared(self, sites: Sequence[Site]) -> int:
+        return self.inner.count_shared(sites)
+
+    def weight(self, W: Tensor, p: Any) -> Tensor:
+        V = self.inner.weight(W, p.inner)
+        return (p.m / torch.linalg.vector_norm(V, dim=1).detach())[:, None] * V
+
+    def bias(self, b: Tensor | None, p: Any) -> Tensor | None:
+        return self.inner.bias(b, p.inner)
+
+    def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
+        with torch.no_grad():
+            n = self.inner.row_norm(base, p.inner, p.frozen)
+        y = self.inner.forward(x, base, p.inner)
+        b = self.inner.bias(base.bias, p.inner)
+        c = p.m / n
+        return c * y if b is None else c * (y - b) + b
