@@ -1,0 +1,259 @@
+"""A recipe: one point in the space of methods, with model and data. The same names in YAML, in Python and as flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.errors import UserError, listing, nearest
+
+
+def option(default: Any, text: str, group: str) -> Any:
+    """A recipe field with the help text and the group its flag is shown under."""
+    return field(default=default, metadata={"help": text, "group": group})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, on what, and how. Every field is a YAML key and a flag of `trimtab tune`."""
+
+    model: str = option("", "A model directory, a starter model's name, or a hub id.", "what")
+    data: str = option("", "Training rows: jsonl, json, csv, tsv, parquet or txt, also gzipped.", "what")
+    method: str = option("lora", "A method or preset, see `trimtab methods`.", "what")
+    settings: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "Settings of the method: --rank 8 and so on.", "group": "what"}
+    )
+    where: str | None = option(None, "Where it goes: roles, globs, layer ranges; default: the method's own.", "what")
+    quantize: str | None = option(None, "Keep the frozen weights in this format: nf4, absmax, affine.", "what")
+    output: str | None = option(None, "Run directory to make; default: runs/<model>-<method>-<number>.", "what")
+
+    task: str = option("auto", "auto, causal, classify or regress; auto follows the form of the data.", "data")
+    columns: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "Which column plays which role, as prompt=mr,completion=ref.", "group": "data"},
+    )
+    heldout: str = option("0.1", "Held-out part: a share (0.1), a number of rows (100), or a file.", "data")
+    limit: int | None = option(None, "Use at most this many training rows, chosen by the seed.", "data")
+    max_length: int | None = option(None, "Longest row in tokens; default: what the model allows.", "data")
+    truncation: str = option("error", "What happens to longer rows: error, drop, left, right or split.", "data")
+    train_on: str = option("completions", "Loss on completions (assistant turns) or on all tokens.", "data")
+
+    epochs: float = option(1.0, "Passes over the training rows.", "training")
+    steps: int | None = option(None, "Optimizer steps; overrides epochs.", "training")
+    batch_size: int = option(8, "Rows per forward pass.", "training")
+    accumulation: int = option(1, "Forward passes per optimizer step.", "training")
+    learning_rate: float | None = option(None, "Peak learning rate; default: the method's own.", "training")
+    schedule: str = option("linear", "linear, cosine or constant, after the warm-up.", "training")
+    warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", "training")
+    weight_decay: float = option(0.0, "Decoupled weight decay on the trained tensors.", "training")
+    clip: float = option(1.0, "Largest norm of the gradient; 0 switches clipping off.", "training")
+    checkpointing: bool = option(False, "Recompute activations block by block: less memory, more time.", "training")
+    seed: int = option(0, "Seed of the start, the order of rows and dropout.", "training")
+    dtype: str = option("auto", "Floating type of the frozen weights: auto, float32, bfloat16, float16.", "training")
+    device: str = option("auto", "auto, cpu, cuda or mps.", "training")
+    threads: int | None = option(None, "CPU threads; default: torch's own choice.", "training")
+
+
+ALIASES = {
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "model_name": "model",
+    "dataset": "data",
+    "dataset_path": "data",
+    "data_path": "data",
+    "train_file": "data",
+    "peft_type": "method",
+    "adapter": "method",
+    "finetuning_type": "method",
+    "target_modules": "where",
+    "lora_target": "where",
+    "lora_target_modules": "where",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "output_dir": "output",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "model_max_length": "max_length",
+    "micro_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "lr": "learning_rate",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "max_grad_norm": "clip",
+    "gradient_checkpointing": "checkpointing",
+    "val_set_size": "heldout",
+    "val_size": "heldout",
+    "eval_file": "heldout",
+    "max_samples": "limit",
+    "torch_dtype": "dtype",
+}
+"""Names other tools use -> ours (a field of Recipe, or a setting of the method)."""
+
+CHOICES = {
+    "task": ("auto", "causal", "classify", "regress"),
+    "truncation": ("error", "drop", "left", "right", "split"),
+    "train_on": ("completions", "all"),
+    "schedule": ("linear", "cosine", "constant"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+def fields() -> dict[str, dataclasses.Field[Any]]:
+    """Name -> field of every recipe setting."""
+    return {one.name: one for one in dataclasses.fields(Recipe)}
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML recipe; paths in it that exist beside the file are taken from there."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe: {path} is not valid YAML: {error}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"recipe: {path} holds no `key: value` pairs")
+    return dict(content)
+
+
+def recipe_from(values: Mapping[str, Any]) -> Recipe:
+    """A checked recipe from YAML keys or flags; aliases are taken, and all problems are reported at once."""
+    known = fields()
+    settings = set(method_settings(str(values.get("method") or "lora")))
+    taken: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(values.get("settings") or {})
+    problems: list[str] = []
+    for key, value in values.items():
+        name = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
+        if name == "settings" or value is None:
+            continue
+        if isinstance(value, Mapping) and name == "method":
+            extra |= {k: v for k, v in value.items() if k != "name"}
+            taken[name] = value.get("name")
+            settings = set(method_settings(str(taken[name])))
+        elif name in known:
+            taken[name] = value
+        elif name in settings:
+            extra[name] = value
+        else:
+            close = nearest(name, [*known, *ALIASES, *settings], 1)
+            problems.append(f"unknown key {key!r}" + (f" (nearest: {close[0]})" if close else ""))
+    taken["settings"] = extra
+    for name, value in list(taken.items()):
+        try:
+            taken[name] = converted(name, value, known[name])
+        except (TypeError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+    for name in ("model", "data"):
+        if not taken.get(name):
+            problems.append(f"`{name}` is missing")
+    if problems:
+        raise UserError("recipe: " + "; ".join(problems), fix="trimtab tune --help lists every key")
+    return Recipe(**taken)
+
+
+def converted(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
+    """A value in the type of its field, from YAML's types or from a flag's text."""
+    kind = str(spec.type).removesuffix(" | None")
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{value!r} is not one of {listing(CHOICES[name])}")
+    if name == "where" and isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if kind.startswith("Mapping"):
+        return pairs(value) if isinstance(value, str) else dict(value)
+    if kind in ("int", "float"):
+        number = float(value)
+        if number < 0 or (kind == "int" and number != int(number)):
+            raise ValueError(f"{value!r} is not a {'whole ' if kind == 'int' else ''}number of at least 0")
+        return int(number) if kind == "int" else number
+    if kind == "bool":
+        if str(value).lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise ValueError(f"{value!r} is not true or false")
+        return str(value).lower() in ("true", "yes", "1")
+    return str(value)
+
+
+def pairs(text: str) -> dict[str, str]:
+    """`a=b,c=d` as a mapping."""
+    found = {}
+    for item in filter(None, (one.strip() for one in text.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"{item!r} is not of the form role=column")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def method_settings(name: str) -> dict[str, Any]:
+    """Setting -> default of a method or preset, by its name."""
+    import inspect
+
+    made = factory(name)
+    return {key: one.default for key, one in inspect.signature(made).parameters.items()}
+
+
+def factory(name: str) -> Any:
+    """The class of a method, or the function of a preset, in any spelling."""
+    from trimtab import presets
+    from trimtab.core.registry import find, names
+
+    plain = name.lower().replace("-", "").replace("_", "")
+    listed = {key: value for key, value in vars(presets).items() if key[:1].isupper() and callable(value)}
+    for key, value in listed.items():
+        if key.lower() == plain and getattr(value, "__module__", "") == presets.__name__:
+            return value
+    try:
+        return find(name)
+    except UserError:
+        close = nearest(name, [*names(), *map(str.lower, listed)])
+        raise UserError(
+            f"no method or preset named {name!r}",
+            fix=f"did you mean {listing(close)}?" if close else "`trimtab methods` lists them",
+        ) from None
+
+
+def build_method(recipe: Recipe) -> Any:
+    """The method (or the parts of a preset) that a recipe names, with its settings in the types of their defaults."""
+    made, defaults = factory(recipe.method), method_settings(recipe.method)
+    chosen: dict[str, Any] = {}
+    problems = []
+    for key, value in recipe.settings.items():
+        if key not in defaults:
+            close = nearest(key, defaults, 1)
+            problems.append(f"{recipe.method} has no setting {key!r}" + (f" (nearest: {close[0]})" if close else ""))
+            continue
+        try:
+            chosen[key] = typed(value, defaults[key])
+        except ValueError:
+            problems.append(f"{key}: {value!r} is not like its default {defaults[key]!r}")
+    if problems:
+        raise UserError("recipe: " + "; ".join(problems), fix=f"its settings are {listing(defaults) or 'none'}")
+    return made(**chosen)
+
+
+def typed(value: Any, default: Any) -> Any:
+    """A flag's text in the type of the setting's default."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return type(default)(value) if isinstance(default, float) and isinstance(value, int) else value
+    if value.lower() in ("none", "null"):
+        return None
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise ValueError(value)
+        return value.lower() == "true"
+    return int(value) if isinstance(default, int) else float(value)

@@ -1,0 +1,324 @@
+"""Fine-tuning from a recipe to a run directory: one flat loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.core.attach import attach, plan
+from trimtab.core.delta import state_of
+from trimtab.core.errors import UserError, listing
+from trimtab.core.fisher import fisher
+from trimtab.core.method import Method, Placed
+from trimtab.core.registry import find, to_json
+from trimtab.core.save import save
+from trimtab.data.batches import batches, collate, token_count
+from trimtab.data.encode import Encoded, EncodedSet, encode_all
+from trimtab.data.forms import Example, detect, examples, split, take
+from trimtab.data.reading import read
+from trimtab.evaluate.loss import evaluate, loss_sum
+from trimtab.models.loading import Loaded, fingerprint
+from trimtab.models.loading import load as load_model
+from trimtab.train import rundir
+from trimtab.train.recipe import Recipe, build_method
+from trimtab.train.reporter import Reporter
+
+FISHER_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; everything in it is also on disk."""
+
+    directory: Path
+    before: dict[str, Any]
+    after: dict[str, Any]
+    seconds: float
+    rows_per_second: float
+    peak_memory_bytes: int | None
+    trainable: int
+    total: int
+    record: dict[str, Any]
+
+
+def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
+    """Train what the recipe says and write a self-describing run directory.
+
+    Two runs with one recipe on one machine write the same adapter, byte for byte. Bad input raises `UserError` before
+    anything is written.
+    """
+    tell = reporter or Reporter()
+    method = build_method(recipe)
+    directory = rundir.new_directory(recipe)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+
+    tell.stage("reading data")
+    table = read(recipe.data)
+    form = detect(table, recipe.columns or None)
+    task = task_of(recipe, form.name, form.target)
+    train_examples, heldout_examples = parts_of(recipe, examples(table, form))
+    tell.note(f"{form.name} data: {len(train_examples)} training rows, {len(heldout_examples)} held out")
+
+    tell.stage("loading model")
+    labels = label_names(train_examples) if task == "classify" else None
+    loaded = load_model(
+        recipe.model, task=task, labels=labels, dtype=recipe.dtype, device=recipe.device, head_seed=recipe.seed
+    )
+    model, tokenizer = loaded.model, loaded.tokenizer
+    for note in loaded.notes:
+        tell.note(note)
+    train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples)
+    for note in train_rows.report.notes:
+        tell.note(note)
+    pad_id = tokenizer.pad_token_id
+
+    tell.stage("attaching")
+    if recipe.quantize:
+        rundir.quantize_by_name(model, recipe.quantize)
+    parts = placed_parts(method, recipe.where, loaded.new_modules)
+    statistics = measured(model, parts, train_rows, task, pad_id, tell)
+    base_kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    masters = torch.float32 if base_kind in (torch.bfloat16, torch.float16) else None
+    attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics)
+    if recipe.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    state = state_of(model)
+    assert state is not None
+    for part in state.adapters["default"].parts:
+        tell.note(f"{type(part.method).__name__} at {len(part.places)} sites ({part.where})")
+    rate = recipe.learning_rate if recipe.learning_rate is not None else parts[0].method.rate(width_of(model))
+    tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {rate:g}")
+
+    rows_per_step = recipe.batch_size * recipe.accumulation
+    steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
+    steps = recipe.steps or max(1, math.ceil(recipe.epochs * steps_per_epoch))
+    record: dict[str, Any] = {
+        "status": "running",
+        "task": task,
+        "labels": labels,
+        "versions": rundir.versions(),
+        "model": {
+            "source": recipe.model,
+            "directory": str(loaded.directory),
+            "fingerprint": fingerprint(loaded.directory or model),
+            "class": loaded.model_class,
+            "parameters": total - trainable,
+            "dtype": str(base_kind).removeprefix("torch."),
+        },
+        "data": {
+            "path": recipe.data,
+            "sha256": table.sha256,
+            "form": form.name,
+            "train_rows": len(train_rows),
+            "heldout_rows": len(heldout_rows),
+            "report": vars(train_rows.report) | {"notes": list(train_rows.report.notes)},
+        },
+        "method": [
+            {"method": to_json(part.method), "where": part.where, "sites": len(part.places)}
+            for part in state.adapters["default"].parts
+        ],
+        "learning_rate": rate,
+        "steps": steps,
+        "trainable": trainable,
+        "total": total,
+    }
+
+    tell.stage("measuring the untuned model")
+    before = evaluate(model_without_adapter(model), heldout_rows, task, pad_id, batch_size=recipe.batch_size)
+    with_adapter(model)
+    tell.evaluated("before", before)
+    record["before"] = before
+    rundir.write_recipe(directory, recipe)
+    rundir.write_record(directory, record)
+
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=recipe.weight_decay)
+    deltas = [module for module in model.modules() if hasattr(module, "adapter") and hasattr(module, "method")]
+    metrics: list[dict[str, Any]] = []
+    model.train()
+    tell.start(steps, steps * rows_per_step)
+    started, rows_seen, step = time.perf_counter(), 0, 0
+    with open(directory / rundir.METRICS, "w", encoding="utf-8") as log:
+        while step < steps:
+            epoch = step // steps_per_epoch
+            order = batches(train_rows, rows_per_step, recipe.seed, epoch, by_length=True)
+            for group in order[step % steps_per_epoch :]:
+                if step == steps:
+                    break
+                # One step: every gradient is a sum over rows, divided by the trained terms of the whole step.
+                micro = [group[i : i + recipe.batch_size] for i in range(0, len(group), recipe.batch_size)]
+                loaded_batches = [collate([train_rows[index] for index in indices], pad_id) for indices in micro]
+                terms = sum(token_count(batch) for batch in loaded_batches)
+                loss = 0.0
+                for batch in loaded_batches:
+                    batch = {key: value.to(loaded.device) for key, value in batch.items()}
+                    summed, _ = loss_sum(model, batch, task)
+                    (summed / terms).backward()
+                    loss += float(summed.detach()) / terms
+                for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
+                    term.backward()
+                norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf))
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    stop_at_nan(step, loss, norm, [train_rows[index] for index in group])
+                for entry in optimizer.param_groups:
+                    entry["lr"] = rate * factor_at(step, steps, recipe)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                for delta in deltas:
+                    delta.method.on_step(delta, step)
+                rows_seen += len(group)
+                line = {
+                    "step": step,
+                    "epoch": round(step / steps_per_epoch, 4),
+                    "loss": loss,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "gradient_norm": norm,
+                    "rows": rows_seen,
+                    "rows_per_second": round(rows_seen / (time.perf_counter() - started), 3),
+                }
+                metrics.append(line)
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                tell.step(line)
+    seconds = time.perf_counter() - started
+
+    tell.stage("measuring the tuned model")
+    after = evaluate(model, heldout_rows, task, pad_id, batch_size=recipe.batch_size)
+    tell.evaluated("after", after)
+    notes = {"tokenizer": train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
+    save(model, directory / rundir.ADAPTER, notes=notes)
+    rundir.plot_loss(directory, metrics, [(0, before["loss"]), (steps, after["loss"])])
+    record |= {
+        "status": "finished",
+        "after": after,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(rows_seen / seconds, 3),
+        "peak_memory_bytes": rundir.peak_memory(),
+    }
+    rundir.write_record(directory, record)
+    result = Result(
+        directory, before, after, seconds, rows_seen / seconds, record["peak_memory_bytes"], trainable, total, record
+    )
+    tell.finish(result)
+    return result
+
+
+def task_of(recipe: Recipe, form: str, target: str | None) -> str:
+    """The task a recipe and the form of its data ask for."""
+    natural = "causal" if form != "labelled" else "regress" if target == "regression" else "classify"
+    if recipe.task in ("auto", natural):
+        return natural
+    raise UserError(f"task: {recipe.task} was asked for, but {recipe.data} holds {form} rows, which make {natural}")
+
+
+def parts_of(recipe: Recipe, found: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples: a file of its own, a share, or a number of rows; no prompt is in both."""
+    asked = recipe.heldout
+    if Path(asked).is_file():
+        table = read(asked)
+        heldout = examples(table, detect(table, recipe.columns or None))
+        return take(list(found), recipe.limit, recipe.seed), heldout
+    try:
+        amount = int(asked) if asked.isdigit() else float(asked)
+    except ValueError:
+        raise UserError(f"heldout: {asked!r} is no file, share or number of rows", fix="0.1, or 200") from None
+    train, heldout = split(list(found), amount, recipe.seed)
+    return take(train, recipe.limit, recipe.seed), heldout
+
+
+def label_names(rows: Sequence[Any]) -> list[str]:
+    """The class names of labelled rows, as the encoder numbers them."""
+    from trimtab.data.encode import _labels
+
+    return [str(label) for label in _labels(rows)]
+
+
+def encoded(
+    recipe: Recipe, loaded: Loaded, train: Sequence[Example], heldout: Sequence[Example]
+) -> tuple[EncodedSet, EncodedSet]:
+    """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused."""
+    limit = recipe.max_length or loaded.max_length
+    settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
+    train_rows = encode_all(train, loaded.tokenizer, truncation=recipe.truncation, **settings)  # type: ignore[arg-type]
+    policy = recipe.truncation if recipe.truncation in ("error", "split") else "right"
+    return train_rows, encode_all(heldout, loaded.tokenizer, truncation=policy, labels=train_rows.labels, **settings)  # type: ignore[arg-type]
+
+
+def placed_parts(method: Any, where: str | None, new_modules: Sequence[str]) -> list[Placed]:
+    """The parts to attach: the method's own, and a dense one for modules the pretrained model does not have."""
+    listed = [method] if isinstance(method, Method | Placed) else list(method)
+    parts = [item if isinstance(item, Placed) else Placed(item, None) for item in listed]
+    if where is not None:
+        if len(parts) > 1:
+            raise UserError("where: a preset of several parts has its own places", fix="leave `where` out")
+        parts = [Placed(parts[0].method, where)]
+    if new_modules:
+        parts.append(Placed(find("full")(), ", ".join(new_modules)))
+    return parts
+
+
+def measured(
+    model: nn.Module, parts: Sequence[Placed], rows: EncodedSet, task: str, pad_id: int, tell: Reporter
+) -> dict[str, torch.Tensor]:
+    """The statistics that some methods want before they start."""
+    found: dict[str, torch.Tensor] = {}
+    for part in plan(model, [one for one in parts if one.method.statistics] or parts):
+        if part.method.statistics != "fisher":
+            continue
+        tell.stage(f"measuring Fisher information on {min(FISHER_ROWS, len(rows))} rows")
+        device = next(model.parameters()).device
+        chosen = [collate([row], pad_id) for row in rows[:FISHER_ROWS]]
+        on_device = [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
+        found |= fisher(model, on_device, part.where, loss=lambda m, batch: loss_sum(m, dict(batch), task)[0])
+    return found
+
+
+def width_of(model: nn.Module) -> int:
+    """Width of the residual stream."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 1024)
+
+
+def factor_at(step: int, steps: int, recipe: Recipe) -> float:
+    """Share of the peak learning rate at a step: a linear rise over the warm-up, then the schedule down to 0."""
+    rise = math.ceil(recipe.warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[recipe.schedule]
+
+
+def model_without_adapter(model: nn.Module) -> nn.Module:
+    """The same model with its adapter switched off, for measuring what it was."""
+    from trimtab.core.attach import activate
+
+    return activate(model, None)
+
+
+def with_adapter(model: nn.Module) -> nn.Module:
+    """The same model with its adapter on again."""
+    from trimtab.core.attach import activate
+
+    return activate(model, "default")
+
+
+def stop_at_nan(step: int, loss: float, norm: float, rows: Sequence[Encoded]) -> None:
+    """Stop at a loss or gradient that is not a number, naming the rows."""
+    named = listing(str(one.row) for one in rows)
+    raise UserError(
+        f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; rows {named}",
+        fix="lower --learning-rate; if it happens at once, look at these rows",
+    )
