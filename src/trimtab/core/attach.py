@@ -25,11 +25,11 @@ from trimtab.core.delta import (
     state_of,
 )
 from trimtab.core.errors import UserError, listing
-from trimtab.core.install import install, is_raw, plain_base, raw_weight, uninstall
+from trimtab.core.install import clash, install, is_raw, plain_base, raw_weight, stand_aside, uninstall
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
 from trimtab.core.registry import name_of
 from trimtab.core.select import Place, select
-from trimtab.core.site import Base, Known, RawBase, Site, kind_of
+from trimtab.core.site import Base, Known, RawBase, Site
 
 SHARED = "trimtab_shared"
 Attachable = Method | Placed | Sequence[Method | Placed]
@@ -62,6 +62,7 @@ def attach(
             fix=f"another name= to stack, or trimtab.detach(model, {name!r}) first",
         )
     parts = plan(model, method, where)
+    two_ways(model, parts)
     work = [(part, *prepare(model, state, part, name, seed, dtype, statistics or {})) for part in parts]
     commit(model, state, Adapter(name, seed, parts), work)
     return model
@@ -88,7 +89,7 @@ def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list
         labels[stem] = labels.get(stem, 0) + 1
         label = stem if labels[stem] == 1 else f"{stem}-{labels[stem]}"
         try:
-            places = select(model, place, kinds=one.hosts)
+            places = select(model, place, kinds=kinds_of(one))
         except UserError as error:
             raise UserError(f"attach({type(one).__name__}): {error.message}", fix=error.fix) from None
         problems = [problem for found in places if (problem := unfit(model, one, found))]
@@ -98,13 +99,40 @@ def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list
     return parts
 
 
+def two_ways(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Refuse parts that would edit one module both through its forward and as a raw weight."""
+    seen: dict[str, bool] = {}
+    problems = []
+    for part in parts:
+        for place in part.places:
+            module = model.get_submodule(place.module)
+            raw = is_raw(module, place)
+            if seen.setdefault(place.module, raw) != raw:
+                problems.append(f"{place.name} would be edited both through its forward and as a raw weight")
+            elif (problem := clash(module, place)) is not None:
+                problems.append(problem)
+    if problems:
+        raise UserError(f"attach: {listing(problems, 5)}", fix="leave these sites out of one of the two `where`s")
+
+
+def kinds_of(method: Method) -> frozenset[str]:
+    """The kinds of place a method can sit on; an edit of a linear's weight fits a raw matrix too."""
+    raw = isinstance(method, WeightMethod) and "linear" in method.hosts
+    return method.hosts | {"raw"} if raw else method.hosts
+
+
 def unfit(model: nn.Module, method: Method, place: Place) -> str | None:
     """Why a method cannot sit at a place, or None."""
     module = model.get_submodule(place.module)
-    kind = kind_of(module)
+    kind = place.kind
     if is_raw(module, place):
         if not isinstance(method, WeightMethod):
             return f"{place.name} is read as a raw weight, which only a weight-space method can edit"
+        layout = raw_weight(module, place)
+        if layout.kind == "experts" and method.elastic:
+            return f"{place.name} is a stack of matrices, and {type(method).__name__} picks another shape for each"
+        if layout.kind == "experts" and layout.bias(module) is None and type(method).weight is WeightMethod.weight:
+            return f"{place.name} has no bias, and {type(method).__name__} edits nothing else"
         return None
     if kind not in method.hosts:
         return f"{place.name} is a {kind} site; {type(method).__name__} supports {listing(sorted(method.hosts))}"
@@ -158,10 +186,10 @@ def init_at(method: Method, site: Site, place: Place, model: nn.Module) -> dict[
     module = model.get_submodule(place.module)
     if not is_raw(module, place) or raw_weight(module, place).kind != "experts":
         return method.init(site)
-    stacked = site.base.weight
+    stacked, b = site.base.weight, site.base.bias
     drawn = []
-    for matrix in stacked:
-        one = Site(**{**vars(site), "base": RawBase(matrix)})
+    for expert, matrix in enumerate(stacked):
+        one = Site(**{**vars(site), "base": RawBase(matrix, None if b is None else b[expert])})
         drawn.append(method.init(one))
     return _stack(drawn)
 
@@ -180,7 +208,7 @@ def site_at(
         base = rows_of(base, place)
     measured = (statistics or {}).get(place.name)
     stats = {} if measured is None else {"fisher": measured}
-    kind = "linear" if place.parameter is not None else kind_of(module)
+    kind = "linear" if place.kind == "raw" else place.kind
     return Site(place.name, base, kind, place.role, place.layer, width, index, stats)
 
 
@@ -188,7 +216,8 @@ def rows_of(base: Base, place: Place) -> Base:
     """The slice of a base that a place names; for experts, of each matrix."""
     assert place.rows is not None
     if isinstance(base, RawBase) and base.weight.ndim == 3:
-        return RawBase(base.weight[:, place.rows[0] : place.rows[1]])
+        rows = slice(*place.rows)
+        return RawBase(base.weight[:, rows], None if base.bias is None else base.bias[:, rows])
     return Known(base, place.rows)
 
 
@@ -209,16 +238,25 @@ def commit(
             key += f":{place.part}" if place.part else ""
             stack = batches.stack_of(model, place.module) if reads_batch(part.method) else None
             install(module, place, delta, key, state, stack.path if stack else "", place.features or 0)
+            if any(isinstance(above, nn.TransformerEncoderLayer) for above in ancestors(model, place.module)):
+                stand_aside(module)
         if group is not None:
             if SHARED not in model._modules:
                 model.add_module(SHARED, nn.ModuleDict())
-            model._modules[SHARED][batches.slot_name(adapter.name, part.label)] = group  # type: ignore[index]
+            shared: Any = model._modules[SHARED]
+            shared[batches.slot_name(adapter.name, part.label)] = group
     state.adapters[adapter.name] = adapter
     state.active = (*state.active, adapter.name)
     state.rows = None
     wanted = [place.module for part, *_ in work if reads_batch(part.method) for place in part.places]
     if wanted:
         batches.install_hooks(model, state, wanted)
+
+
+def ancestors(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules above a path, outermost first."""
+    names = path.split(".")
+    return [model.get_submodule(".".join(names[:end])) for end in range(len(names))]
 
 
 def reads_batch(method: Method) -> bool:
@@ -251,15 +289,19 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
-def activate(model: nn.Module, names: str | None | tuple[str, ...] | list[Any]) -> nn.Module:
-    """Choose the adapters in use: one name, a tuple (stacked), None (the base alone), or a list with one per batch row."""
+def activate(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) -> nn.Module:
+    """Choose the adapters in use: a name, a tuple (stacked), None (the base alone), or a list of them, one per row."""
     state = require_state(model, "activate")
-    per_row = [_stacked(name) for name in names] if isinstance(names, list) else None
-    flat = [name for row in per_row for name in row] if per_row is not None else list(_stacked(names))
+    per_row: list[tuple[str, ...]] | None = None
+    if isinstance(names, list):
+        per_row = [_stacked(name) for name in names]
+        flat = [name for row in per_row for name in row]
+    else:
+        flat = list(_stacked(names))
     check_names(state, flat, "activate")
     if per_row is not None:
         raw = [path for path, module in edited_modules(model) if hasattr(module.delta, "layouts")]
-        if raw and any(d.adapter in flat for path in raw for d in model.get_submodule(path).delta.values()):  # type: ignore[union-attr,operator]
+        if raw and any(d.adapter in flat for path in raw for d in model.get_submodule(path).delta.values()):  # type: ignore[operator]
             raise UserError(
                 f"activate: rows of one batch cannot differ at weights that are read raw: {listing(raw, 4)}",
                 fix="activate one adapter for all rows, or leave these sites out of `where`",
@@ -304,7 +346,7 @@ class drawing:
         torch.set_rng_state(self.before)
 
 
-def _stacked(names: str | None | tuple[str, ...]) -> tuple[str, ...]:
+def _stacked(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 

@@ -32,6 +32,10 @@ class Batch:
     prompt: Tensor | None = None
     """(rows, positions) bool: real tokens before the first trained one; None while decoding."""
 
+    def of_rows(self, index: Tensor) -> Batch:
+        """The same for some rows of the batch."""
+        return Batch(self.slots, None if self.prompt is None else self.prompt.index_select(0, index))
+
     def replace(self, y: Tensor, values: Tensor, slot: str) -> Tensor:
         """`y` (rows, positions, width) with `values` (length, width) at the positions reserved for `slot`."""
         start, stop = self.slots.get(slot, (0, 0))
@@ -76,7 +80,9 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
     if tokens is None:
-        raise UserError("forward: neither input_ids nor inputs_embeds was given to a model with adapters that need them")
+        raise UserError(
+            "forward: neither input_ids nor inputs_embeds was given to a model with adapters that need them"
+        )
     past = call.get("past_key_values")
     done = past.get_seq_length() if past is not None and stack.causal else 0
     rows, length = tokens.shape[:2]
@@ -93,7 +99,11 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
             f"forward: virtual tokens need a 2-D attention mask (rows, positions), found {mask.ndim}-D",
             fix="pass the padding mask and let the model build the rest (generate: use a dynamic cache)",
         )
-    real = mask[:, -length:].bool() if mask is not None and mask.ndim == 2 else tokens.new_ones(rows, length, dtype=torch.bool)
+    real = (
+        mask[:, -length:].bool()
+        if mask is not None and mask.ndim == 2
+        else tokens.new_ones(rows, length, dtype=torch.bool)
+    )
     prompt = None if done else real
     if prompt is not None and state.prompt is not None and state.prompt.shape == prompt.shape:
         prompt = prompt & state.prompt
@@ -113,7 +123,8 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
             types = call.get("token_type_ids")
             if types is not None:
                 call["token_type_ids"] = _join(types.new_zeros(rows, total), types, where)
-            prompt = _join(prompt.new_zeros(rows, total), prompt, where)  # type: ignore[union-attr]
+            assert prompt is not None
+            prompt = _join(prompt.new_zeros(rows, total), prompt, where)
         positions = call.get("position_ids")
         if positions is None and stack.causal and state.rows is not None:
             positions = torch.arange(length, device=tokens.device) + max(0, done - total)

@@ -53,7 +53,13 @@ class Delta(Group):
     """A method's tensors at one site; called as `delta(x, base)`, so that sharding and other hooks on it fire."""
 
     def __init__(
-        self, method: Method, tensors: Mapping[str, Any], *, adapter: str, slot: str, rows: tuple[int, int] | None = None
+        self,
+        method: Method,
+        tensors: Mapping[str, Any],
+        *,
+        adapter: str,
+        slot: str,
+        rows: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(tensors)
         self.method, self.adapter, self.slot, self.rows = method, adapter, slot, rows
@@ -148,6 +154,8 @@ class Deltas(nn.ModuleDict):
 
     state: State
     stack: str
+    width: int
+    hook: Any
 
     def __init__(self, state: State, stack: str) -> None:
         super().__init__()
@@ -173,7 +181,7 @@ class Deltas(nn.ModuleDict):
             if any(delta.adapter in names for delta in self.values()):
                 index = torch.tensor(rows, device=x.device)
                 part = x.index_select(0, index)
-                edited = self.over(Known(base, None, part, y.index_select(0, index)), names)
+                edited = self.over(Known(base, None, part, y.index_select(0, index), index), names)
                 out = out.index_copy(0, index, edited(part))
         return out
 
@@ -201,7 +209,9 @@ def require_state(model: nn.Module, verb: str) -> State:
     """As `state_of`, but an error naming `verb` when nothing is attached."""
     state = state_of(model)
     if state is None or not state.adapters:
-        raise UserError(f"{verb}: no adapter is attached to this {type(model).__name__}", fix="trimtab.attach(model, ...)")
+        raise UserError(
+            f"{verb}: no adapter is attached to this {type(model).__name__}", fix="trimtab.attach(model, ...)"
+        )
     return state
 
 

@@ -104,7 +104,7 @@ def _model_type(module: nn.Module) -> str:
 
 def within(path: str, outer: str) -> bool:
     """Whether a dotted path is `outer` or below it; everything is below the root, ""."""
-    return not outer or path == outer or path.startswith(outer + ".")
+    return not outer or (path.startswith(outer) and path[len(outer) : len(outer) + 1] in ("", "."))
 
 
 def join(*names: str) -> str:
@@ -130,7 +130,7 @@ def is_installed(module: nn.Module) -> bool:
         return True
     if type(module) is nn.ModuleDict:
         return len(module) > 0 and all(is_installed(child) for child in module.values())
-    own = [cls for cls in type(module).__mro__ if cls not in (nn.Module, object, ABC, Generic)]
+    own = [cls for cls in type(module).__mro__ if cls not in (nn.Module, nn.ModuleDict, object, ABC, Generic)]
     return bool(own) and all(cls.__module__.startswith("trimtab.core.") for cls in own)
 
 
@@ -192,17 +192,19 @@ def is_raw_projection(parent: nn.Module | None, name: str) -> bool:
 
 # ---------------------------------------------------------------- a table guessed from names and shapes
 
-NAMES: Mapping[str, frozenset[str]] = {
-    "q": frozenset("q q_proj query query_proj wq w_q to_q q_lin q_linear linear_q q_attn fc_q query_layer".split()),
-    "k": frozenset("k k_proj key key_proj wk w_k to_k k_lin k_linear linear_k fc_k key_layer".split()),
-    "v": frozenset("v v_proj value value_proj wv w_v to_v v_lin v_linear linear_v fc_v value_layer".split()),
-    "gate": frozenset("gate_proj wi_0 linear_gate fc1_g".split()),
-    "up": frozenset("up_proj fc1 lin1 linear1 c_fc dense_h_to_4h wi wi_1 fc_in linear_up fc1_x w3 ff1 gate_up_proj w12".split()),
-    "down": frozenset("down_proj fc2 lin2 linear2 dense_4h_to_h fc_out linear_down w2 ff2".split()),
+NAMES: Mapping[str, re.Pattern[str]] = {
+    "q": re.compile("q|query|wq|w_q|to_q|fc_q|q_proj|query_proj|q_lin|q_linear|linear_q|q_attn|query_layer"),
+    "k": re.compile("k|key|wk|w_k|to_k|fc_k|k_proj|key_proj|k_lin|k_linear|linear_k|key_layer"),
+    "v": re.compile("v|value|wv|w_v|to_v|fc_v|v_proj|value_proj|v_lin|v_linear|linear_v|value_layer"),
+    "gate": re.compile("gate_proj|wi_0|linear_gate|fc1_g"),
+    "up": re.compile(
+        "up_proj|fc1|lin1|linear1|c_fc|dense_h_to_4h|wi|wi_1|fc_in|linear_up|fc1_x|w3|ff1|gate_up_proj|w12"
+    ),
+    "down": re.compile("down_proj|fc2|lin2|linear2|dense_4h_to_h|fc_out|linear_down|w2|ff2"),
 }
-OUTPUT = frozenset("o o_proj out_proj wo w_o to_out out_lin out_linear linear_out proj c_proj dense out proj_out".split())
-FUSED = frozenset("qkv c_attn qkv_proj wqkv in_proj to_qkv query_key_value att_proj qkv_linear".split())
-RANGES = frozenset("qkv c_attn wqkv in_proj to_qkv att_proj".split())
+OUTPUT = re.compile("o|out|wo|w_o|to_out|o_proj|out_proj|proj_out|out_lin|out_linear|linear_out|proj|c_proj|dense")
+FUSED = re.compile("qkv|wqkv|to_qkv|c_attn|in_proj|att_proj|qkv_proj|qkv_linear|query_key_value")
+RANGES = re.compile("qkv|wqkv|to_qkv|c_attn|in_proj|att_proj")
 """Fused names whose thirds are q, k, v by custom. `query_key_value` and `qkv_proj` often interleave the heads."""
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encdec|multihead_attn|src_attn|xattn", re.IGNORECASE)
@@ -282,14 +284,13 @@ def _block_lists(model: nn.Module) -> dict[str, tuple[str | None, list[nn.Module
 
 
 def _repetitions(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """(path, members) of the outermost lists of modules of one class; lists of mere layers only if there are no others."""
+    """(path, members) of the outermost lists of modules of one class; lists of single layers if there are no others."""
     candidates: list[tuple[str, list[nn.Module]]] = []
     for path, module in walk(model):
         if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
             continue
         members = list(module)
-        common = min((type(member) for member in members), key=lambda cls: len(cls.__mro__))
-        if not all(isinstance(member, common) and _has_site(member) for member in members):
+        if not _alike(members) or not all(_has_site(member) for member in members):
             continue
         if len(members) == 1 and (isinstance(module, nn.Sequential) or not _is_compound(members[0])):
             continue
@@ -315,8 +316,13 @@ def _stages(path: str, members: list[nn.Module]) -> list[tuple[str, list[nn.Modu
         if any(role in ("q", "k", "v", "qkv", "o") for role in beside):
             return [(path, members)]
         found.append((join(path, str(index), below), blocks))
-    first = {type(block) for _, blocks in found for block in blocks}
-    return found if len(first) == 1 else [(path, members)]
+    return found if _alike([block for _, blocks in found for block in blocks]) else [(path, members)]
+
+
+def _alike(members: list[nn.Module]) -> bool:
+    """Whether all are of one class; a class that was swapped for a subclass of it counts as it."""
+    common = min((type(member) for member in members), key=lambda cls: len(cls.__mro__))
+    return all(isinstance(member, common) for member in members)
 
 
 def _weight_of(members: list[nn.Module]) -> tuple[int, int]:
@@ -370,14 +376,17 @@ def _linears(module: nn.Module) -> dict[str, nn.Module]:
             continue
         if kind(child) == "linear":
             found[name] = child
-        elif isinstance(child, nn.Sequential) and len(child) and name.lower() in OUTPUT and kind(child[0]) == "linear":
+        elif (
+            isinstance(child, nn.Sequential)
+            and len(child)
+            and OUTPUT.fullmatch(name.lower())
+            and kind(child[0]) == "linear"
+        ):
             found[f"{name}.0"] = child[0]
     return found
 
 
-def _attention_roles(
-    module: nn.Module, path: str, fused: dict[str, Mapping[str, int | str]]
-) -> list[tuple[str, str]]:
+def _attention_roles(module: nn.Module, path: str, fused: dict[str, Mapping[str, int | str]]) -> list[tuple[str, str]]:
     """Roles of the direct children of one module, as attention projections."""
     cross = "cross." if CROSS.search(path) else ""
     thirds = {"q": 1, "k": 1, "v": 1}
@@ -395,19 +404,19 @@ def _attention_roles(
     for name, child in children.items():
         leaf = name.split(".")[0].lower()
         for role in ("q", "k", "v"):
-            if leaf in NAMES[role]:
+            if NAMES[role].fullmatch(leaf):
                 found.append((cross + role, join(path, name)))
         out_in = widths(child)
-        if leaf in FUSED and out_in is not None and (leaf != "in_proj" or ATTENTION.search(path)):
+        if FUSED.fullmatch(leaf) and out_in is not None and (leaf != "in_proj" or ATTENTION.search(path)):
             whole = join(path, name)
             found.append((f"{cross}qkv", whole))
-            if leaf in RANGES and out_in[0] == 3 * out_in[1]:
+            if RANGES.fullmatch(leaf) and out_in[0] == 3 * out_in[1]:
                 fused[whole] = thirds
                 found += [(cross + part, f"{whole}:{part}") for part in thirds]
     attending = bool(found) or ATTENTION.search(path) is not None
     taken = {inner.split(":")[0] for _, inner in found}
     for name in children:
-        if attending and name.split(".")[0].lower() in OUTPUT and join(path, name) not in taken:
+        if attending and OUTPUT.fullmatch(name.split(".")[0].lower()) and join(path, name) not in taken:
             found.append((f"{cross}o", join(path, name)))
     return found
 
@@ -417,11 +426,13 @@ def _feed_forward_roles(module: nn.Module, path: str) -> list[tuple[str, str]]:
     children = _linears(module)
     names = {name.lower() for name in children}
     last = path.rsplit(".", 1)[-1]
-    attending = ATTENTION.search(path) is not None or any(names & NAMES[role] for role in ("q", "k", "v"))
+    attending = ATTENTION.search(path) is not None or any(
+        NAMES[role].fullmatch(name) for role in "qkv" for name in names
+    )
     found = []
     for name in children:
         leaf = name.split(".")[0].lower()
-        role = next((role for role in ("gate", "up", "down") if leaf in NAMES[role]), None)
+        role = next((role for role in ("gate", "up", "down") if NAMES[role].fullmatch(leaf)), None)
         if leaf == "w1":
             role = "gate" if "w3" in names else "up"
         elif leaf == "dense" and not attending:
@@ -480,7 +491,7 @@ def token_embeddings(model: nn.Module, blocks: tuple[str, ...]) -> list[str]:
     """
     modules = {path: module for path, module in walk(model) if not any(within(path, outer) for outer in blocks)}
     found = {path: module for path, module in modules.items() if isinstance(module, nn.Embedding)}
-    told = next((module for module in modules.values() if callable(getattr(module, "get_input_embeddings", None))), None)
+    told = next((module for module in modules.values() if hasattr(module, "get_input_embeddings")), None)
     try:
         said = told.get_input_embeddings() if told is not None else None  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -488,7 +499,8 @@ def token_embeddings(model: nn.Module, blocks: tuple[str, ...]) -> list[str]:
     chosen = next((path for path, module in found.items() if module is said), None)
     if chosen is None and isinstance(said, nn.Module):
         inside = {id(module) for _, module in walk(said)}
-        sites = [path for path, module in modules.items() if id(module) in inside and kind(module) in ("conv", "linear")]
+        own = {path: module for path, module in modules.items() if id(module) in inside}
+        sites = [path for path, module in own.items() if kind(module) in ("conv", "linear")]
         return sites if len(sites) == 1 else []
     if chosen is None and found:
         lent = {id(raw_parameter(module, "weight")) for module in modules.values() if kind(module) == "linear"}

@@ -43,7 +43,8 @@ def fisher(
         for batch in batches:
             for row in range(len(next(iter(batch.values())))):
                 one = {key: value[row : row + 1] for key, value in batch.items()}
-                value = model(**one).loss if loss is None else loss(model, one)
+                with torch.enable_grad():
+                    value = model(**one).loss if loss is None else loss(model, one)
                 grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
                 for key, grad in zip(chosen, grads, strict=True):
                     if grad is not None:

@@ -10,7 +10,7 @@ Which one is used follows from the host alone, never from the method:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,16 @@ def edited_forward(cls: type) -> dict[str, Any]:
 
 
 def edited_opaque(cls: type) -> dict[str, Any]:
-    """Namespace of a subclass of any module whose first output goes through its deltas."""
+    """Namespace of a subclass of any module whose first output goes through its deltas; they are no step of a Sequential."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return run_opaque(self, inner_forward(self, cls), args, kwargs)
 
-    return {"forward": forward}
+    def steps(self: nn.Module) -> Iterator[Any]:
+        return (child for name, child in self._modules.items() if name != "delta")
+
+    iterated = {"__iter__": steps, "__len__": lambda self: len(self._modules) - 1}
+    return {"forward": forward, **(iterated if issubclass(cls, nn.Sequential) else {})}
 
 
 def run_opaque(module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -127,6 +131,9 @@ def raw_weight(module: nn.Module, place: Place) -> RawWeight:
 class RawDeltas(Deltas):
     """Deltas on raw weights: computes the edited parameters, once per forward of their module."""
 
+    layouts: dict[str, RawWeight]
+    ready: dict[str, Tensor | None]
+
     def __init__(self, state: State, stack: str) -> None:
         super().__init__(state, stack)
         self.__dict__["layouts"], self.__dict__["ready"] = {}, {}
@@ -154,7 +161,7 @@ class RawDeltas(Deltas):
         assert stored is not None
         W = layout.canonical(stored)
         for key, delta in self.items():
-            if self.layouts[key] == layout and delta.adapter in self.state.active:  # type: ignore[union-attr]
+            if self.layouts[key] == layout and delta.adapter in self.state.active:
                 W, b = edit_raw(delta, W, b, layout)  # type: ignore[arg-type]
         return {layout.name: layout.stored(W, stored), layout.bias_name or "": b}
 
@@ -172,13 +179,15 @@ def edit_raw(delta: Delta, W: Tensor, b: Tensor | None, layout: RawWeight) -> tu
     """One delta on a canonical weight; a stack of expert matrices is edited matrix by matrix."""
     if layout.kind != "experts":
         return delta.effective(RawBase(W, b), delta.rows)
-    rows = delta.rows or (0, W.shape[1])
+    start, stop = delta.rows or (0, W.shape[1])
     fields = dict(delta.named_parameters()) | dict(delta.named_buffers())
+    fields = {key: value.to(W.dtype) if value.is_floating_point() else value for key, value in fields.items()}
     method: Any = delta.method
-    part = torch.func.vmap(lambda w, p: method.weight(w, Fields(p)))(
-        W[:, rows[0] : rows[1]], {key: value.to(W.dtype) if value.is_floating_point() else value for key, value in fields.items()}
-    )
-    return splice(W, part, *rows, dim=1), b
+    part = torch.func.vmap(lambda w, p: method.weight(w, Fields(p)))(W[:, start:stop], fields)
+    if b is not None:
+        c = torch.func.vmap(lambda c, p: method.bias(c, Fields(p)))(b[:, start:stop], fields)
+        b = splice(b, c, start, stop, dim=1)
+    return splice(W, part, start, stop, dim=1), b
 
 
 class Fields:
@@ -200,7 +209,9 @@ def edited_weights(cls: type, names: tuple[str, ...]) -> dict[str, Any]:
     """Namespace of a subclass in which these parameters are properties returning their edited value."""
 
     def parameter(name: str) -> property:
-        return property(lambda self: self.delta.value(self, name) if name in self.delta.names() else self._parameters[name])
+        return property(
+            lambda self: self.delta.value(self, name) if name in self.delta.names() else self._parameters[name]
+        )
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.delta.run(self, inner_forward(self, cls), args, kwargs)  # type: ignore[union-attr,operator]
@@ -214,7 +225,7 @@ def edited_weights(cls: type, names: tuple[str, ...]) -> dict[str, Any]:
 def is_raw(module: nn.Module, place: Place) -> bool:
     """Whether a place is edited as a raw weight rather than through its module's forward."""
     grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
-    return place.parameter is not None or grouped or kind_of(module) == "norm"
+    return place.parameter is not None or grouped or (kind_of(module) == "norm" and place.kind != "opaque")
 
 
 def install(module: nn.Module, place: Place, delta: Delta, key: str, state: State, stack: str, width: int) -> None:
@@ -234,12 +245,30 @@ def install(module: nn.Module, place: Place, delta: Delta, key: str, state: Stat
                 swap(module, edited_forward if host_class(module) else edited_opaque)
         except TypeError:
             deltas.__dict__["hook"] = module.register_forward_hook(delta_hook, with_kwargs=True)
-    deltas = module._modules["delta"]  # type: ignore[assignment]
-    if raw != isinstance(deltas, RawDeltas):
-        raise UserError(f"attach: {place.name} is already edited {'through its forward' if raw else 'as a raw weight'}")
+    present: Any = module._modules["delta"]
     if raw:
-        deltas.layouts[key] = raw_weight(module, place)
-    deltas[key] = delta
+        present.layouts[key] = raw_weight(module, place)
+    present[key] = delta
+
+
+def clash(module: nn.Module, place: Place) -> str | None:
+    """Why a place cannot take a further delta: its module is already edited the other way. None if it can."""
+    deltas = module._modules.get("delta")
+    if deltas is None or is_raw(module, place) == isinstance(deltas, RawDeltas):
+        return None
+    how = "as a raw weight" if isinstance(deltas, RawDeltas) else "through its forward"
+    return f"{place.name} is already edited {how}"
+
+
+def stand_aside(module: nn.Module) -> None:
+    """A hook that does nothing: torch's fused encoder layer then calls its parts instead of reading their weights."""
+    deltas: Any = module._modules["delta"]
+    if deltas.__dict__.get("guard") is None:
+        deltas.__dict__["guard"] = module.register_forward_pre_hook(no_change)
+
+
+def no_change(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook without effect."""
 
 
 def uninstall(module: nn.Module, adapter: str) -> None:
@@ -249,7 +278,9 @@ def uninstall(module: nn.Module, adapter: str) -> None:
         del deltas[key]
         deltas.__dict__.get("layouts", {}).pop(key, None)
     if not len(deltas):
-        hook = deltas.__dict__.get("hook")
+        guard, hook = deltas.__dict__.get("guard"), deltas.__dict__.get("hook")
+        if guard is not None:
+            guard.remove()
         if hook is not None:
             hook.remove()
         else:
@@ -266,4 +297,3 @@ def plain_base(module: nn.Module, place: Place, width: int, deltas: Deltas | Non
     inner = inner_forward(module, type(module))
     host = host_class(module)
     return OpaqueBase(module, inner, None, (), {}, width) if host is None else host(module, inner)
-

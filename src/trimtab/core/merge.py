@@ -114,7 +114,7 @@ def fold(module: nn.Module, names: Sequence[str], quantized: str, tied: set[int]
             W = wide(layout.canonical(stored))
             for key, delta in deltas.items():
                 if delta in chosen and deltas.layouts[key] == layout:
-                    W, b = edit_raw(delta, W, b, layout)  # type: ignore[arg-type]
+                    W, b = edit_raw(delta, W, b, layout)
             values |= {layout.name: layout.stored(W, stored), layout.bias_name or "": b}
     elif code is not None and quantized == "exact":
         b = folded(module, chosen)[1]

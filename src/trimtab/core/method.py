@@ -37,7 +37,9 @@ class Method(ABC):
     where: ClassVar[str] = "all-linear"
     """Default sites in the `where` language."""
     learning_rate: ClassVar[float] = 2e-4
-    """A sensible AdamW learning rate: methods differ here by factors of hundreds."""
+    """A sensible AdamW learning rate at a residual width of 1024: methods differ here by factors of hundreds."""
+    width_power: ClassVar[float] = 0.0
+    """1 where matrices train, whose best rate under Adam falls as 1/width (arXiv 2203.03466); 0 for vectors."""
     hosts: ClassVar[frozenset[str]] = frozenset({"linear"})
     """Kinds of site it can sit on: linear, embedding, conv, norm, opaque."""
     mergeable: ClassVar[bool] = False
@@ -75,6 +77,11 @@ class Method(ABC):
 
     def on_step(self, p: Any, step: int) -> None:
         """Called after each optimizer step (re-masking, re-allocation); nothing by default."""
+        return None
+
+    def rate(self, width: int) -> float:
+        """The default learning rate for a model of this residual width, to two digits."""
+        return float(f"{self.learning_rate * (1024 / width) ** self.width_power:.1e}")
 
     def at(self, where: str) -> Placed:
         """This method at other sites than its default ones: `LoRA(rank=4).at("q, v")`."""
@@ -99,7 +106,7 @@ class WeightMethod(Method):
     space: ClassVar[str] = "weight"
     mergeable: ClassVar[bool] = True
 
-    def weight(self, W: Tensor, p: Any) -> Tensor:  # noqa: B027 - the identity is the right default
+    def weight(self, W: Tensor, p: Any) -> Tensor:
         """The effective weight (out, in)."""
         return W
 
@@ -114,8 +121,8 @@ class WeightMethod(Method):
         """New tensors of a quantized weight that absorb the delta exactly, or None when only a dense merge is exact."""
         return None
 
-    def row_norm(self, base: Base, p: Any, frozen: Tensor) -> Tensor:
-        """Row norms (out) of the effective weight; `frozen` holds those of W. Low-rank methods override it cheaply."""
+    def row_norm(self, base: Base, p: Any) -> Tensor:
+        """Row norms (out) of the effective weight, without gradient; low-rank methods override it cheaply."""
         return torch.linalg.vector_norm(self.weight(base.weight, p), dim=1)
 
 

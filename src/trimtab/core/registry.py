@@ -1,4 +1,4 @@
-"""The registry is the folder: `methods/<space>/<name>.py` holds one class, whose lower-cased name is the file's name."""
+"""The registry is the folder: `methods/<space>/<name>.py` holds one class, named like its file but for case and `_`."""
 
 from __future__ import annotations
 

@@ -149,9 +149,7 @@ def read_record(directory: str | Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"load: {folder} holds a PEFT adapter, which this version does not read yet")
         beside = [str(found.parent) for found in sorted(folder.glob(f"*/{RECORD}"))] if folder.is_dir() else []
-        raise UserError(
-            f"load: no {RECORD} in {folder}", fix=f"did you mean {listing(beside, 3)}?" if beside else None
-        )
+        raise UserError(f"load: no {RECORD} in {folder}", fix=f"did you mean {listing(beside, 3)}?" if beside else None)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -159,7 +157,9 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != "trimtab-adapter":
         raise UserError(f"load: {path} is not the record of a trimtab adapter")
     if record.get("version", 0) > VERSION:
-        raise UserError(f"load: {path} is version {record['version']}, this program reads up to {VERSION}", fix="upgrade trimtab")
+        raise UserError(
+            f"load: {path} is version {record['version']}, this program reads up to {VERSION}", fix="upgrade trimtab"
+        )
     return record
 
 
@@ -178,10 +178,14 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None, *, tr
     work = []
     used: set[str] = set()
     for entry in record["parts"]:
-        part = Part(from_json(entry["method"]), entry["where"], entry["label"], [place_of(one) for one in entry["sites"]])
+        part = Part(
+            from_json(entry["method"]), entry["where"], entry["label"], [place_of(one) for one in entry["sites"]]
+        )
         shapes = [tuple(one["shape"]) for one in entry["sites"]]
-        problems += misfits(model, part, shapes)
-        if problems:
+        wrong = misfits(model, part, shapes)
+        if wrong:
+            problems += wrong
+            used |= {key for key in blob if key.startswith(f"{part.label}.")}
             continue
         deltas, group = outline(model, part, adapter, shapes)
         holders = [(f"{part.label}.{place.name}.", delta) for place, delta in zip(part.places, deltas, strict=True)]
@@ -199,8 +203,7 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None, *, tr
                     put(holder, key, found, model, trainable)
         adapter.parts.append(part)
         work.append((part, deltas, group))
-    if not problems:
-        problems += [f"unexpected {key} {tuple(blob[key].shape)}" for key in blob if key not in used]
+    problems += [f"unexpected {key} {tuple(blob[key].shape)}" for key in blob if key not in used]
     if problems:
         found_class, saved = plain_class(model), record["base"]["class"]
         raise UserError(
@@ -208,7 +211,7 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None, *, tr
             + "\n    ".join(problems),
             fix=None if found_class == saved else f"it was saved from a {saved}",
         )
-    for (part, deltas, _), place in ((item, place) for item in work for place in item[0].places[:1]):
+    for deltas, place in ((item[1], place) for item in work for place in item[0].places[:1]):
         kind, _device = dtype_and_device(model, place)
         for delta in deltas:
             stored = next((p.dtype for p in delta.parameters() if p.is_floating_point()), kind)
@@ -235,7 +238,9 @@ def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
 def place_of(entry: Mapping[str, Any]) -> Place:
     """A Place from its JSON."""
     known = {field.name for field in dataclasses.fields(Place)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in known}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in known
+    }
     return Place(**values)
 
 
@@ -269,7 +274,8 @@ def outline(
         real = site_at(model, State(), place, index)
         kind, _ = dtype_and_device(model, place)
         experts = real.base.weight.shape if isinstance(real.base, RawBase) else shape
-        b = None if isinstance(real.base, OpaqueBase) or real.base.bias is None else torch.empty(shape[0], device=meta)
+        b = None if isinstance(real.base, OpaqueBase) else real.base.bias
+        b = None if b is None else torch.empty_like(b, device=meta)
         sites.append(Site(**{**vars(real), "base": RawBase(torch.empty(experts, dtype=kind, device=meta), b)}))
     with torch.no_grad(), drawing(0, "outline", meta):
         drawn = part.method.shared(sites)

@@ -59,10 +59,10 @@ from trimtab.core.family import (
     within,
 )
 
-ROLES = tuple(
-    "q k v o qkv gate up down gate_up attn ffn block norm embed head "
-    "cross.q cross.k cross.v cross.o cross.qkv cross.kv cross.attn "
-    "expert_gate expert_up expert_down expert_gate_up".split()
+ROLES = (
+    *("q", "k", "v", "o", "qkv", "gate", "up", "down", "gate_up", "attn", "ffn", "block", "norm", "embed", "head"),
+    *("cross.q", "cross.k", "cross.v", "cross.o", "cross.qkv", "cross.kv", "cross.attn"),
+    *("expert_gate", "expert_up", "expert_down", "expert_gate_up"),
 )
 """Every role there is. A family has some of them."""
 KINDS = ("linear", "embedding", "conv", "norm", "raw", "opaque")
@@ -122,9 +122,7 @@ class Place:
         return join(self.module, self.parameter or "")
 
 
-def select(
-    model: nn.Module, where: str | Sequence[str], *, kinds: Collection[str] | None = None
-) -> list[Place]:
+def select(model: nn.Module, where: str | Sequence[str], *, kinds: Collection[str] | None = None) -> list[Place]:
     """The places of `model` that `where` names, in model order, each once.
 
     `kinds` limits them to what a method can sit on. Raises one `UserError` that lists every term which matches
@@ -170,12 +168,14 @@ class _Anatomy:
         self.depth: dict[str | None, int] = {}
         self.family = ""
         self._found: dict[tuple[Any, ...], Place] = {}
+        self._roles: dict[tuple[str, str | None], Place] = {}
         self._lookup()
         known = regions(model)
         for root, module, family in known:
             self._use(family, root, getattr(module, "config", None), len(known) > 1)
         if not self.depth:
             self._found.clear()
+            self._roles.clear()
             self._use(guess(model), "", None, False)
         if known:
             self.family = known[0][2].name
@@ -198,11 +198,19 @@ class _Anatomy:
                     self.roots[root if several else path.rpartition(".")[0]] = stack
                 for name in self.modules[path]._modules:
                     block = self._path(join(path, name))
+                    if block in self.blocks:
+                        continue
                     self.blocks[block] = (stack, self.depth.get(stack, 0))
                     self.depth[stack] = self.depth.get(stack, 0) + 1
         mine = {block: at for block, at in self.blocks.items() if within(block, root)}
+        everything = list(self._everything(inside))
+        inner: dict[str, dict[str, None]] = {block: {} for block in mine}
+        for path in everything:
+            block = self._block(path)
+            if block in inner and path != block:
+                inner[block][path[len(block) + 1 :]] = None
         for block, (stack, _) in mine.items():
-            contents = self._contents(block)
+            contents = inner[block]
             for role, patterns in sorted(family.roles.items(), key=lambda item: item[0] in CONTRIBUTIONS):
                 matches = [at for at in (_matches(contents, stack, text) for text in paths_of(patterns)) if at]
                 if role in CONTRIBUTIONS:
@@ -213,8 +221,8 @@ class _Anatomy:
         for role, patterns in family.outside.items():
             for text in paths_of(patterns):
                 wanted, _, part = text.partition(":")
-                for path in self._everything(inside):
-                    if meant(path, wanted) and not any(within(path, block) for block in mine):
+                for path in everything:
+                    if meant(path, wanted) and self._block(path) not in mine:
                         self._put(role, path, part or None, family, config)
 
     def _path(self, path: str) -> str:
@@ -237,9 +245,6 @@ class _Anatomy:
             if weight is not None and weight.ndim == 2:
                 owners.setdefault(id(weight), []).append(path)
         self.ties = {path: [other for other in group if other != path] for group in owners.values() for path in group}
-
-    def _contents(self, block: str) -> list[str]:
-        return [path[len(block) + 1 :] for path in self._everything(self.modules) if path.startswith(block + ".")]
 
     def _everything(self, paths: Iterable[str]) -> Iterator[str]:
         """Paths of modules and of their own parameters."""
@@ -283,6 +288,7 @@ class _Anatomy:
         old = self._found.get(key)
         if old is None or (old.role is None and place.role is not None):
             self._found[key] = place
+            self._roles.setdefault((self._block(place.module), place.role), place)
 
     def _parts(self, whole: Place, family: Family, config: object) -> dict[str, tuple[int, int]]:
         """Row ranges of the parts of a fused weight; none where the rows do not divide as the table says."""
@@ -312,8 +318,8 @@ class _Anatomy:
         return tensor.shape[-1] if place.transposed else tensor.shape[-2]
 
     def _where(self, module: str) -> dict[str, Any]:
-        inside = next((block for block in self._ancestors(module) if block in self.blocks), None)
-        if inside is not None:
+        inside = self._block(module)
+        if inside in self.blocks:
             stack, layer = self.blocks[inside]
             return {"layer": layer, "stack": stack}
         root = next((root for root in self._ancestors(module) if root in self.roots), None)
@@ -325,19 +331,20 @@ class _Anatomy:
             yield path
             path = path.rpartition(".")[0]
 
+    def _block(self, path: str) -> str:
+        """The block that a path is or is in, else ""."""
+        return next((block for block in self._ancestors(path) if block in self.blocks), "")
+
     def _width(self, path: str) -> int | None:
         """Width of the residual stream: of what the module returns, or of what its block's projections return."""
         own = widths(self.modules[path]) if self.kinds[path] == "linear" else None
         if own is not None:
             return own[0]
-        block = next((block for block in self._ancestors(path) if block in self.blocks), "")
+        block = self._block(path)
         for role in ("o", "down", "cross.o"):
-            for place in self._found.values():
-                if place.role == role and within(place.module, block):
-                    if place.kind == "raw":
-                        return self._rows(place)
-                    size = widths(self.modules[place.module])
-                    return None if size is None else size[0]
+            place = self._roles.get((block, role))
+            if place is not None:
+                return self._rows(place)
         norms = [self.modules[inner] for inner in self.modules if within(inner, block) and self.kinds[inner] == "norm"]
         sizes = {weight.shape[0] for norm in norms if (weight := raw_parameter(norm, "weight")) is not None}
         return sizes.pop() if len(sizes) == 1 else None
@@ -360,7 +367,7 @@ class _Anatomy:
         return Place(path, role=role, kind=self.kinds[path], tied=tied, **self._where(path))
 
     def _heads(self) -> list[str]:
-        """The output layer: what the model says it is; else all linears beside its base model; else by width or name."""
+        """The output layer: what the model says; else all linears beside its base model; else by width or name."""
         linears = [path for path in self.modules if self.kinds[path] == "linear"]
         owner = next((path for path in self.modules if _answers(self.modules[path], "get_output_embeddings")), None)
         if owner is not None:
@@ -383,15 +390,13 @@ class _Anatomy:
         return loose[-1:] if named else []
 
     def _output_sizes(self) -> set[int]:
+        """How wide an output layer would be: as many labels or tokens as the model, its config or its embedding has."""
         sources = [self.model, getattr(self.model, "config", None)]
         names = ("vocab_size", "num_labels", "num_classes")
-        found = {getattr(source, name, None) for source in sources for name in names}
-        rows = [
-            module.num_embeddings
-            for path, module in self.modules.items()
-            if isinstance(module, nn.Embedding) and not any(within(path, block) for block in self.blocks)
-        ]
-        return {size for size in found if isinstance(size, int)} | ({max(rows)} if rows else set())
+        found = [getattr(source, name, None) for source in sources for name in names]
+        embeds = [self.modules[place.module] for place in self._found.values() if place.role == "embed"]
+        found += [getattr(module, "num_embeddings", None) for module in embeds]
+        return {size for size in found if isinstance(size, int)}
 
     def _position(self, place: Place) -> tuple[int, int, int, int]:
         parameters = parameter_names(self.modules[place.module])
@@ -399,14 +404,14 @@ class _Anatomy:
         return self.order[place.module], parameter, place.kind == "opaque", (place.rows or (-1,))[0]
 
 
-HEADS = re.compile(r"(^|\.)(heads?|lm_head|classifier|score|fc|logits|unembed|generator|output_projection)(\.\d+|\.\w*head)?$")
+HEADS = re.compile(r"(^|\.)(heads?|lm_head|classifier|score|fc|logits|unembed|generator)(\.\d+|\.\w*head)?$")
 
 
 def _ends(path: str, ending: str) -> bool:
     return path == ending or path.endswith("." + ending)
 
 
-def _matches(contents: Sequence[str], stack: str | None, text: str) -> list[tuple[str, str | None]]:
+def _matches(contents: Collection[str], stack: str | None, text: str) -> list[tuple[str, str | None]]:
     limit, slash, rest = text.rpartition("/")
     if slash and limit != stack:
         return []
@@ -613,9 +618,9 @@ class _Selection:
         for stack, count in depth.items():
             if isinstance(term.range, slice):
                 wanted[stack] = set(range(count)[term.range])
-            else:
-                wanted[stack] = {term.range % count} if term.range is not None and -count <= term.range < count else set()
-        kept = [place for place in found if place.layer is not None and place.layer in wanted.get(place.stack, ())]
+            elif term.range is not None and -count <= term.range < count:
+                wanted[stack] = {term.range % count}
+        kept = [place for place in found if place.layer is not None and place.layer in wanted.get(place.stack, set())]
         if kept:
             return kept
         inside = sorted({place.layer for place in found if place.layer is not None})

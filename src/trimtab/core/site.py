@@ -69,6 +69,7 @@ class ModuleBase(Base):
     """A whole module. `inner` is the forward it had before the edit, patched ones (accelerate) included."""
 
     __slots__ = ("_batch", "inner", "module")
+    module: Any
 
     def __init__(self, module: nn.Module, inner: Callable[..., Any], batch: Batch | None = None) -> None:
         self.module, self.inner, self._batch = module, inner, batch
@@ -95,19 +96,19 @@ class LinearBase(ModuleBase):
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight  # type: ignore[return-value]
+        return self.module.weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.bias  # type: ignore[return-value]
+        return self.module.bias
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.module.out_features, self.module.in_features  # type: ignore[return-value]
+        return self.module.out_features, self.module.in_features
 
     @property
     def code(self) -> Code | None:
-        return self.module._modules.get("code")  # type: ignore[return-value]
+        return self.module._modules.get("code")
 
 
 class Conv1DBase(LinearBase):
@@ -118,12 +119,12 @@ class Conv1DBase(LinearBase):
     @property
     def weight(self) -> Tensor:
         code = self.code
-        return self.module.weight.mT if code is None else code.dense()  # type: ignore[union-attr,return-value]
+        return self.module.weight.mT if code is None else code.dense()
 
     @property
     def shape(self) -> tuple[int, int]:
         code = self.code
-        return tuple(self.module.weight.shape[::-1]) if code is None else code.shape  # type: ignore[union-attr,return-value]
+        return tuple(self.module.weight.shape[::-1]) if code is None else code.shape
 
 
 class EmbeddingBase(ModuleBase):
@@ -142,7 +143,7 @@ class EmbeddingBase(ModuleBase):
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight.mT  # type: ignore[union-attr,return-value]
+        return self.module.weight.mT
 
 
 class ConvBase(ModuleBase):
@@ -154,16 +155,16 @@ class ConvBase(ModuleBase):
         return self.inner(x).movedim(1, -1)
 
     def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-        kernel = W.view(W.shape[0], *self.module.weight.shape[1:])  # type: ignore[union-attr]
-        return self.module._conv_forward(x, kernel, b).movedim(1, -1)  # type: ignore[operator]
+        kernel = W.view(W.shape[0], *self.module.weight.shape[1:])
+        return self.module._conv_forward(x, kernel, b).movedim(1, -1)
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight.flatten(1)  # type: ignore[union-attr,operator,return-value]
+        return self.module.weight.flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.bias  # type: ignore[return-value]
+        return self.module.bias
 
 
 class OpaqueBase(ModuleBase):
@@ -181,12 +182,13 @@ class OpaqueBase(ModuleBase):
         width: int,
     ) -> None:
         super().__init__(module, inner, batch)
-        self.args, self.kwargs, self.width, self.rest = args, kwargs, width, None
+        self.args, self.kwargs, self.width = args, kwargs, width
+        self.rest: tuple[Any, ...] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.inner(x, *self.args, **self.kwargs)
         if isinstance(out, tuple):
-            self.rest = out[1:]  # type: ignore[assignment]
+            self.rest = out[1:]
             return out[0]
         return out
 
@@ -203,7 +205,7 @@ class OpaqueBase(ModuleBase):
 
 
 class RawBase(Base):
-    """A bare weight and bias (attention's in_proj_weight, an expert's matrix, a norm): only `weight`, `bias` matter."""
+    """A bare weight and bias (attention's in_proj_weight, a norm, experts' stacked matrices): it is read, not called."""
 
     __slots__ = ("_bias", "_weight")
 
@@ -224,14 +226,25 @@ class RawBase(Base):
     def bias(self) -> Tensor | None:
         return self._bias
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._weight.shape[-2], self._weight.shape[-1]
+
 
 class Known(Base):
     """Another base restricted to some output rows or batch rows, whose answer for one very `x` is already there."""
 
-    __slots__ = ("base", "rows", "x", "y")
+    __slots__ = ("base", "picked", "rows", "x", "y")
 
-    def __init__(self, base: Base, rows: tuple[int, int] | None, x: Tensor | None = None, y: Tensor | None = None):
-        self.base, self.rows, self.x, self.y = base, rows, x, y
+    def __init__(
+        self,
+        base: Base,
+        rows: tuple[int, int] | None,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        picked: Tensor | None = None,
+    ) -> None:
+        self.base, self.rows, self.x, self.y, self.picked = base, rows, x, y, picked
 
     def __call__(self, x: Tensor) -> Tensor:
         if x is self.x and self.y is not None:
@@ -269,7 +282,8 @@ class Known(Base):
 
     @property
     def batch(self) -> Batch | None:
-        return self.base.batch
+        batch = self.base.batch
+        return batch if batch is None or self.picked is None else batch.of_rows(self.picked)
 
 
 class Edited(Base):

@@ -43,7 +43,7 @@ def unswap(module: nn.Module) -> None:
 
 
 def inner_forward(module: nn.Module, cls: type) -> Callable[..., Any]:
-    """The forward below a swap from `cls`: one patched on the instance before (accelerate does this), else the class's."""
+    """The forward below a swap from `cls`: one patched on the instance (accelerate does this), else the class's."""
     patched = module.__dict__.get("_inner_forward")
     if patched is not None and cls in patched:
         return patched[cls]
@@ -63,4 +63,4 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 def _blank(cls: type, chain: tuple[tuple[Any, ...], ...]) -> Any:
     for maker, args in chain:
         cls = subclass(cls, maker, *args)
-    return cls.__new__(cls)
+    return object.__new__(cls)

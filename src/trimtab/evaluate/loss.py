@@ -44,7 +44,8 @@ def only_positions(model: nn.Module, keep: Tensor) -> Iterator[bool]:
 
     Yields False where the model names no output matrix; then logits come whole.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
     if head is None:
         yield False
         return

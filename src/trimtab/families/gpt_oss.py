@@ -1,4 +1,4 @@
-"""gpt-oss: experts are raw tensors (experts, in, out) whose gate and up columns alternate, so only the whole is a place.
+"""gpt-oss: experts are raw tensors (experts, in, out) whose gate and up alternate, so only the whole is a place.
 
 The MoE module returns (output, router scores); `ffn` means the output.
 """

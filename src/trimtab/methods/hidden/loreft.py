@@ -19,7 +19,8 @@ class LoReFT(HiddenMethod):
 
     R (rank, width) has orthonormal rows: the Q factor of the trained M, which starts orthogonal. W (rank, width) and b
     (rank) start as a linear layer's. With n prompt tokens at most ⌊n/2⌋ first and ⌈n/2⌉ last ones are edited;
-    generated tokens never are. Costs 4·rank·width multiplications per token in prefill, none in decoding. Not mergeable.
+    generated tokens never are. Costs 4·rank·width multiplications per token in prefill, none in decoding. Not
+    mergeable.
     arXiv 2404.03592. The official code drops out the whole output and prepends a pad token; neither is done here.
     """
 
@@ -46,9 +47,9 @@ class LoReFT(HiddenMethod):
 
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
         h = base(x)
-        if base.batch is not None and base.batch.prompt is None:
-            return h
         prompt = h.new_ones(h.shape[:2], dtype=torch.bool) if base.batch is None else base.batch.prompt
+        if prompt is None:
+            return h
         R = orthonormal(p.M)
         edit = (F.linear(h, p.W, p.b) - F.linear(h, R)) @ R
         return h + self.positions(prompt)[..., None].to(h.dtype) * edit

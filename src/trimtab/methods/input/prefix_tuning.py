@@ -18,8 +18,8 @@ from trimtab.core.site import Site
 class PrefixTuning(InputMethod):
     """head = Attn(q, [P_k; k], [P_v; v]), with P = tanh(E Vᵀ + c) Oᵀ + o while training.
 
-    E (length, width) ~ N(0, 1) and V (hidden, width) are shared by all sites, O (out, hidden) and o (out) belong to one k
-    or v; with `hidden=None` P (length, out) ~ N(0, 0.02²) is trained directly. Adds `length` keys and values to every
+    E (length, width) ~ N(0, 1) and V (hidden, width) are shared by all sites, O (out, hidden) and o (out) belong to one
+    k or v; with `hidden=None` P (length, out) ~ N(0, 0.02²) is trained directly. Adds `length` keys and values to every
     attention. Not mergeable.
     arXiv 2101.00190, 2110.07602 (direct). P stands where k and v come out of their projections, so a rotary model
     rotates P_k by its position; PEFT stores it rotated already.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,9 +16,9 @@ from trimtab.core.sparse import sparse_linear
 
 @dataclass(frozen=True)
 class FishMask(WeightMethod):
-    """W' = W + Σ_i v_i at the `density` share of entries with the largest F = Σ_n (∂loss_n/∂W)², over all sites at once.
+    """W' = W + Σ_i v_i at the `density` share of entries with the largest F = Σ_n (∂loss_n/∂W)², over all sites.
 
-    `index` (k) holds flat positions of W, `value` (k) their trained offsets, 0 at the start. F is measured once before
+    `index` (k) holds flat positions of W, `value` (k) their trained offsets, 0 at the start. F is measured once, before
     training, one example at a time (`trimtab.fisher`). Costs 2k multiplications per token, k values, gradients and
     optimizer states; no mask and no dense gradient is kept. Mergeable.
     NeurIPS 2021, arXiv 2111.09839. A head trained beside it is a part of its own and outside the budget, as in the
@@ -27,7 +26,8 @@ class FishMask(WeightMethod):
     """
 
     paper: ClassVar[str] = "2111.09839"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 4e-4
+    width_power: ClassVar[float] = 1.0
     elastic: ClassVar[frozenset[str]] = frozenset({"index", "value"})
     statistics: ClassVar[str | None] = "fisher"
 
@@ -57,7 +57,7 @@ class FishMask(WeightMethod):
 
     def count(self, site: Site) -> int:
         """The site's share of the budget if all sites were alike; the ranking moves it between them."""
-        return math.ceil(self.density * site.out_features * site.in_features)
+        return max(1, int(self.density * site.out_features * site.in_features))
 
     def weight(self, W: Tensor, p: Any) -> Tensor:
         return W.flatten().index_add(0, p.index, p.value.to(W.dtype)).view_as(W)

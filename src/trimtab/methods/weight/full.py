@@ -20,7 +20,8 @@ class Full(WeightMethod):
     """
 
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "norm"})
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 4e-5
+    width_power: ClassVar[float] = 1.0
     laws: ClassVar[dict[str, str]] = {"cost": "its weight is a dense matrix by definition"}
 
     def init(self, site: Site) -> dict[str, Any]:

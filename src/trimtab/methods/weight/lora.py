@@ -28,6 +28,7 @@ class LoRA(WeightMethod):
     paper: ClassVar[str] = "2106.09685"
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     learning_rate: ClassVar[float] = 1e-3
+    width_power: ClassVar[float] = 1.0
 
     rank: int = 8
     alpha: float = 16.0
@@ -56,9 +57,10 @@ class LoRA(WeightMethod):
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
         return base(x) + self.scale * (base.affine(dropout(x, self.dropout, p), p.A) @ p.B.mT)
 
-    def row_norm(self, base: Base, p: Any, frozen: Tensor) -> Tensor:
+    def row_norm(self, base: Base, p: Any) -> Tensor:
         """‖W + sBA‖ per row = √(‖W‖² + 2s·Σ (W Aᵀ)∘B + s²·Σ B(AAᵀ)∘B), without the (out, in) sum."""
-        A, B, s = p.A, p.B, self.scale
-        cross = (base.matmul(A).mT if base.code is not None else base.weight @ A.mT) * B
-        square = frozen.square() + 2 * s * cross.sum(1) + s * s * ((B @ (A @ A.mT)) * B).sum(1)
-        return square.clamp(min=0).sqrt()
+        W, A, B, s = base.weight, p.A, p.B, self.scale
+        cross, square = (W @ A.mT) * B, (B @ (A @ A.mT)) * B
+        norm = torch.linalg.vector_norm(W, dim=1)
+        wide = norm if norm.element_size() > 2 else norm.float()
+        return (wide.square() + 2 * s * cross.sum(1) + s * s * square.sum(1)).clamp(min=0).sqrt()

@@ -27,14 +27,13 @@ class Magnitude(WeightMethod):
     paper: ClassVar[str] = "2402.09353"
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     learning_rate: ClassVar[float] = 1e-3
+    width_power: ClassVar[float] = 1.0
 
     inner: WeightMethod = field(default_factory=lambda: find("lora")())
 
     def init(self, site: Site) -> dict[str, Any]:
-        W = site.base.weight
-        frozen = torch.linalg.vector_norm(W, dim=1)
-        inner = self.inner.init(site)
-        return {"m": nn.Parameter(frozen.clone()), "frozen": frozen, "inner": inner}
+        m = torch.linalg.vector_norm(site.base.weight, dim=1)
+        return {"m": nn.Parameter(m), "inner": self.inner.init(site)}
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Any]:
         return self.inner.shared(sites)
@@ -54,8 +53,8 @@ class Magnitude(WeightMethod):
 
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
         with torch.no_grad():
-            n = self.inner.row_norm(base, p.inner, p.frozen)
+            n = self.inner.row_norm(base, p.inner)
         y = self.inner.forward(x, base, p.inner)
         b = self.inner.bias(base.bias, p.inner)
-        c = p.m / n
+        c = (p.m / n).to(y.dtype)
         return c * y if b is None else c * (y - b) + b

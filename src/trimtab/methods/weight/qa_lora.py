@@ -28,6 +28,7 @@ class QALoRA(WeightMethod):
 
     paper: ClassVar[str] = "2309.14717"
     learning_rate: ClassVar[float] = 1e-3
+    width_power: ClassVar[float] = 1.0
 
     rank: int = 16
     alpha: float = 16.0
@@ -42,8 +43,8 @@ class QALoRA(WeightMethod):
         stored = getattr(getattr(site.base.code, "format", None), "group_size", self.group_size)
         if stored != self.group_size or site.in_features % self.group_size:
             raise UserError(
-                f"QALoRA(group_size={self.group_size}): {site.name} has {site.in_features} inputs in groups of {stored}",
-                fix=f"QALoRA(group_size={stored})" if stored != self.group_size else "a group size that divides the inputs",
+                f"QALoRA: group_size={self.group_size}; {site.name} has {site.in_features} inputs, grouped by {stored}",
+                fix=f"group_size={stored}, or another that divides {site.in_features}",
             )
         A = nn.init.xavier_uniform_(torch.empty(self.rank, site.in_features // self.group_size))
         return {"A": nn.Parameter(A), "B": nn.Parameter(torch.zeros(site.out_features, self.rank))}
