@@ -21,7 +21,7 @@ from trimtab.core.method import Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
 from trimtab.data.batches import batches, collate, token_count
-from trimtab.data.encode import Encoded, EncodedSet, encode_all
+from trimtab.data.encode import Encoded, EncodedSet, encode_all, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
 from trimtab.data.reading import read
 from trimtab.evaluate.loss import evaluate, loss_sum
@@ -240,9 +240,7 @@ def parts_of(recipe: Recipe, found: Sequence[Example]) -> tuple[list[Example], l
 
 def label_names(rows: Sequence[Any]) -> list[str]:
     """The class names of labelled rows, as the encoder numbers them."""
-    from trimtab.data.encode import _labels
-
-    return [str(label) for label in _labels(rows)]
+    return [str(label) for label in labels_of(rows)]
 
 
 def encoded(

@@ -1,0 +1,1 @@
+"""From a data file to token ids and a loss mask: reading, forms, encode, batches."""
