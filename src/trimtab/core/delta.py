@@ -37,8 +37,6 @@ class Group(nn.Module):
 class Cast:
     """A group read in another floating type: fp32 master parameters beside a bf16 model, cast where they are used."""
 
-    __slots__ = ("_dtype", "_group")
-
     def __init__(self, group: Any, dtype: torch.dtype) -> None:
         self._group, self._dtype = group, dtype
 

@@ -124,7 +124,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        return _Product.apply(gradient, ctx.key, not ctx.transposed, *tensors), None, None, *[None] * len(tensors)
+        if torch.is_grad_enabled():
+            found = _Product.apply(gradient, ctx.key, not ctx.transposed, *tensors)
+        else:
+            found = _multiplied(gradient, tensors, ctx.key, not ctx.transposed)
+        return found, None, None, *[None] * len(tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, key: str, transposed: bool, *tensors: Tensor) -> tuple[Tensor, int]:

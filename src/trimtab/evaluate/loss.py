@@ -1,59 +1,18 @@
-"""Loss of a model on encoded rows, summed over what is trained, and held-out measures made of it."""
+"""Held-out measures of a model: loss and perplexity, accuracy, or correlation; no logits are kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from trimtab.core.batch import prompts
-from trimtab.data.batches import IGNORED, batches, collate
+from trimtab.data.batches import batches, collate
 from trimtab.data.encode import Encoded
-
-
-def loss_sum(model: nn.Module, batch: dict[str, Tensor], task: str) -> tuple[Tensor, Tensor]:
-    """(summed loss, outputs) of one batch; divide by the number of trained terms of the whole step.
-
-    causal: -Σ log p(token | before) over trained tokens, outputs (terms, vocabulary); classify: -Σ log p(class),
-    outputs (rows, classes); regress: Σ (y − ŷ)², outputs (rows,).
-    """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    labels = batch["labels"]
-    if task == "causal":
-        keep = labels[:, 1:] != IGNORED
-        keep = F.pad(keep, (0, 1))
-        with prompts(model, labels), only_positions(model, keep) as picked:
-            logits = model(**inputs, use_cache=False).logits
-        logits = logits if picked else logits[keep]
-        return F.cross_entropy(logits.float(), labels[:, 1:][keep[:, :-1]], reduction="sum"), logits
-    logits = model(**inputs).logits
-    if task == "regress":
-        values = logits.squeeze(-1).float()
-        return F.mse_loss(values, labels.float(), reduction="sum"), values
-    return F.cross_entropy(logits.float(), labels, reduction="sum"), logits
-
-
-@contextmanager
-def only_positions(model: nn.Module, keep: Tensor) -> Iterator[bool]:
-    """Let only the kept positions (rows, positions) reach the output matrix: logits come as (kept, vocabulary).
-
-    Yields False where the model names no output matrix; then logits come whole.
-    """
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    if head is None:
-        yield False
-        return
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][keep], *args[1:]))
-    try:
-        yield True
-    finally:
-        handle.remove()
+from trimtab.data.packing import Pack, pack
+from trimtab.engine.loss import loss_sum, on, terms_of
 
 
 @torch.no_grad()
@@ -64,10 +23,12 @@ def evaluate(
     pad_id: int,
     *,
     batch_size: int = 8,
+    packed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Held-out measures over all rows; no logits are kept.
 
+    `packed` rows share a sequence without padding (a causal model inside `trimtab.engine.attention.segments_in`).
     causal: loss per trained token and perplexity; classify: loss per row and accuracy; regress: mean squared error and
     Pearson correlation.
     """
@@ -78,13 +39,14 @@ def evaluate(
     pairs: list[tuple[float, float]] = []
     done = 0
     for group in batches(rows, batch_size, 0, 0, shuffle=False, by_length=True):
-        batch = {key: value.to(device) for key, value in collate([rows[index] for index in group], pad_id).items()}
+        chosen = [rows[index] for index in group]
+        batch = on(pack(chosen) if packed else collate(chosen, pad_id), device)
         summed, outputs = loss_sum(model, batch, task)
         total += float(summed)
-        terms += len(outputs)
-        if task == "classify":
+        terms += terms_of(batch)
+        if not isinstance(batch, Pack) and task == "classify":
             right += int((outputs.argmax(-1) == batch["labels"]).sum())
-        elif task == "regress":
+        elif not isinstance(batch, Pack) and task == "regress":
             pairs += zip(outputs.tolist(), batch["labels"].tolist(), strict=True)
         done += len(group)
         if progress is not None:

@@ -50,6 +50,9 @@ class Recipe:
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", "training")
     weight_decay: float = option(0.0, "Decoupled weight decay on the trained tensors.", "training")
     clip: float = option(1.0, "Largest norm of the gradient; 0 switches clipping off.", "training")
+    packing: str = option(
+        "auto", "Rows without padding: shared (common beginnings once), plain, off; auto: where exact.", "training"
+    )
     checkpointing: bool = option(False, "Recompute activations block by block: less memory, more time.", "training")
     seed: int = option(0, "Seed of the start, the order of rows and dropout.", "training")
     dtype: str = option("auto", "Floating type of the frozen weights: auto, float32, bfloat16, float16.", "training")
@@ -106,6 +109,7 @@ CHOICES = {
     "task": ("auto", "causal", "classify", "regress"),
     "truncation": ("error", "drop", "left", "right", "split"),
     "train_on": ("completions", "all"),
+    "packing": ("auto", "shared", "plain", "off"),
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.core.attach import attach, plan
-from trimtab.core.delta import state_of
+from trimtab.core.attach import activate, attach, plan
+from trimtab.core.delta import Delta, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import fisher
 from trimtab.core.method import Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
-from trimtab.data.batches import batches, collate, token_count
+from trimtab.data.batches import batches, collate
 from trimtab.data.encode import Encoded, EncodedSet, encode_all, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
+from trimtab.data.packing import SHARE, Pack, pack
 from trimtab.data.reading import read
-from trimtab.evaluate.loss import evaluate, loss_sum
+from trimtab.engine.attention import can_pack, segments_in
+from trimtab.engine.loss import loss_sum, on, terms_of
+from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint
 from trimtab.models.loading import load as load_model
 from trimtab.train import rundir
@@ -49,6 +53,37 @@ class Result:
     record: dict[str, Any]
 
 
+@dataclass
+class Job:
+    """Everything a run has decided before its first step."""
+
+    recipe: Recipe
+    directory: Path
+    model: Any
+    device: torch.device
+    task: str
+    train_rows: EncodedSet
+    heldout_rows: EncodedSet
+    pad_id: int
+    packing: str
+    rate: float
+    steps: int
+    steps_per_epoch: int
+    record: dict[str, Any]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor] | Pack:
+        """Some training rows as one pack, or padded."""
+        rows = [self.train_rows[index] for index in indices]
+        if self.packing == "off":
+            return on(collate(rows, self.pad_id), self.device)
+        return on(pack(rows, SHARE if self.packing == "shared" else None), self.device)
+
+    def measure(self) -> dict[str, Any]:
+        """The held-out measures of the model as it is."""
+        size, packed = self.recipe.batch_size, self.packing != "off"
+        return evaluate(self.model, self.heldout_rows, self.task, self.pad_id, batch_size=size, packed=packed)
+
+
 def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     """Train what the recipe says and write a self-describing run directory.
 
@@ -56,6 +91,106 @@ def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     anything is written.
     """
     tell = reporter or Reporter()
+    job = prepare(recipe, tell)
+    record = job.record
+    with segments_in(job.model) if job.packing != "off" else nullcontext():
+        tell.stage("measuring the untuned model")
+        activate(job.model, None)
+        record["before"] = job.measure()
+        activate(job.model, "default")
+        tell.evaluated("before", record["before"])
+        rundir.write_recipe(job.directory, recipe)
+        rundir.write_record(job.directory, record)
+
+        started = time.perf_counter()
+        metrics = train(job, tell)
+        seconds = time.perf_counter() - started
+
+        tell.stage("measuring the tuned model")
+        record["after"] = job.measure()
+        tell.evaluated("after", record["after"])
+    notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
+    save(job.model, job.directory / rundir.ADAPTER, notes=notes)
+    heldout = [(0, record["before"]["loss"]), (job.steps, record["after"]["loss"])]
+    rundir.plot_loss(job.directory, metrics, heldout)
+    rows = metrics[-1]["rows"]
+    record |= {
+        "status": "finished",
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(rows / seconds, 3),
+        "peak_memory_bytes": rundir.peak_memory(),
+    }
+    rundir.write_record(job.directory, record)
+    result = Result(
+        directory=job.directory,
+        before=record["before"],
+        after=record["after"],
+        seconds=seconds,
+        rows_per_second=rows / seconds,
+        peak_memory_bytes=record["peak_memory_bytes"],
+        trainable=record["trainable"],
+        total=record["total"],
+        record=record,
+    )
+    tell.finish(result)
+    return result
+
+
+def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
+    """The loop: every step sums gradients over its rows and divides by the trained terms of all of them."""
+    recipe, model = job.recipe, job.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    deltas = [module for module in model.modules() if isinstance(module, Delta)]
+    optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=recipe.weight_decay)
+    rows_per_step = recipe.batch_size * recipe.accumulation
+    metrics: list[dict[str, Any]] = []
+    started, rows_seen, step = time.perf_counter(), 0, 0
+    model.train()
+    tell.start(job.steps, job.steps * rows_per_step)
+    with open(job.directory / rundir.METRICS, "w", encoding="utf-8") as log:
+        while step < job.steps:
+            order = batches(job.train_rows, rows_per_step, recipe.seed, step // job.steps_per_epoch, by_length=True)
+            for rows in order[: job.steps - step]:
+                micro = [job.batch(rows[i : i + recipe.batch_size]) for i in range(0, len(rows), recipe.batch_size)]
+                terms = sum(terms_of(batch) for batch in micro)
+                loss = 0.0
+                for batch in micro:
+                    summed, _ = loss_sum(model, batch, job.task)
+                    (summed / terms).backward()
+                    loss += float(summed.detach()) / terms
+                for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
+                    term.backward()
+
+                norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf))
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    stop_at_nan(step, loss, norm, [job.train_rows[index] for index in rows])
+                for group in optimizer.param_groups:
+                    group["lr"] = job.rate * factor_at(step, job.steps, recipe)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                for delta in deltas:
+                    delta.method.on_step(delta, step)
+
+                rows_seen += len(rows)
+                line = {
+                    "step": step,
+                    "epoch": round(step / job.steps_per_epoch, 4),
+                    "loss": loss,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "gradient_norm": norm,
+                    "rows": rows_seen,
+                    "rows_per_second": round(rows_seen / (time.perf_counter() - started), 3),
+                }
+                metrics.append(line)
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                tell.step(line)
+    return metrics
+
+
+def prepare(recipe: Recipe, tell: Reporter) -> Job:
+    """Read the data, load the model, attach the method: everything that can be refused is refused here."""
     method = build_method(recipe)
     directory = rundir.new_directory(recipe)
     if recipe.threads:
@@ -74,37 +209,35 @@ def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     loaded = load_model(
         recipe.model, task=task, labels=labels, dtype=recipe.dtype, device=recipe.device, head_seed=recipe.seed
     )
-    model, tokenizer = loaded.model, loaded.tokenizer
-    for note in loaded.notes:
-        tell.note(note)
+    model = loaded.model
     train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples)
-    for note in train_rows.report.notes:
+    for note in (*loaded.notes, *train_rows.report.notes):
         tell.note(note)
-    pad_id = tokenizer.pad_token_id
 
     tell.stage("attaching")
     if recipe.quantize:
         rundir.quantize_by_name(model, recipe.quantize)
+    pad_id = loaded.tokenizer.pad_token_id
     parts = placed_parts(method, recipe.where, loaded.new_modules)
     statistics = measured(model, parts, train_rows, task, pad_id, tell)
-    base_kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    masters = torch.float32 if base_kind in (torch.bfloat16, torch.float16) else None
+    masters = torch.float32 if loaded.dtype in (torch.bfloat16, torch.float16) else None
     attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trainable, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
-    state = state_of(model)
-    assert state is not None
-    for part in state.adapters["default"].parts:
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    attached = require_state(model, "tune").adapters["default"].parts
+    for part in attached:
         tell.note(f"{type(part.method).__name__} at {len(part.places)} sites ({part.where})")
     rate = recipe.learning_rate if recipe.learning_rate is not None else parts[0].method.rate(width_of(model))
     tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {rate:g}")
+    longest = max(len(row.ids) for part_rows in (train_rows, heldout_rows) for row in part_rows)
+    packing = packing_of(recipe, model, task, longest)
+    tell.note(f"packing: {packing}")
 
-    rows_per_step = recipe.batch_size * recipe.accumulation
-    steps_per_epoch = math.ceil(len(train_rows) / rows_per_step)
+    steps_per_epoch = math.ceil(len(train_rows) / (recipe.batch_size * recipe.accumulation))
     steps = recipe.steps or max(1, math.ceil(recipe.epochs * steps_per_epoch))
-    record: dict[str, Any] = {
+    record = {
         "status": "running",
         "task": task,
         "labels": labels,
@@ -115,7 +248,7 @@ def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
             "fingerprint": fingerprint(loaded.directory or model),
             "class": loaded.model_class,
             "parameters": total - trainable,
-            "dtype": str(base_kind).removeprefix("torch."),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
         },
         "data": {
             "path": recipe.data,
@@ -126,93 +259,29 @@ def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
             "report": vars(train_rows.report) | {"notes": list(train_rows.report.notes)},
         },
         "method": [
-            {"method": to_json(part.method), "where": part.where, "sites": len(part.places)}
-            for part in state.adapters["default"].parts
+            {"method": to_json(part.method), "where": part.where, "sites": len(part.places)} for part in attached
         ],
         "learning_rate": rate,
         "steps": steps,
+        "packing": packing,
         "trainable": trainable,
         "total": total,
     }
-
-    tell.stage("measuring the untuned model")
-    before = evaluate(model_without_adapter(model), heldout_rows, task, pad_id, batch_size=recipe.batch_size)
-    with_adapter(model)
-    tell.evaluated("before", before)
-    record["before"] = before
-    rundir.write_recipe(directory, recipe)
-    rundir.write_record(directory, record)
-
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=recipe.weight_decay)
-    deltas = [module for module in model.modules() if hasattr(module, "adapter") and hasattr(module, "method")]
-    metrics: list[dict[str, Any]] = []
-    model.train()
-    tell.start(steps, steps * rows_per_step)
-    started, rows_seen, step = time.perf_counter(), 0, 0
-    with open(directory / rundir.METRICS, "w", encoding="utf-8") as log:
-        while step < steps:
-            epoch = step // steps_per_epoch
-            order = batches(train_rows, rows_per_step, recipe.seed, epoch, by_length=True)
-            for group in order[step % steps_per_epoch :]:
-                if step == steps:
-                    break
-                # One step: every gradient is a sum over rows, divided by the trained terms of the whole step.
-                micro = [group[i : i + recipe.batch_size] for i in range(0, len(group), recipe.batch_size)]
-                loaded_batches = [collate([train_rows[index] for index in indices], pad_id) for indices in micro]
-                terms = sum(token_count(batch) for batch in loaded_batches)
-                loss = 0.0
-                for batch in loaded_batches:
-                    batch = {key: value.to(loaded.device) for key, value in batch.items()}
-                    summed, _ = loss_sum(model, batch, task)
-                    (summed / terms).backward()
-                    loss += float(summed.detach()) / terms
-                for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
-                    term.backward()
-                norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf))
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    stop_at_nan(step, loss, norm, [train_rows[index] for index in group])
-                for entry in optimizer.param_groups:
-                    entry["lr"] = rate * factor_at(step, steps, recipe)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                for delta in deltas:
-                    delta.method.on_step(delta, step)
-                rows_seen += len(group)
-                line = {
-                    "step": step,
-                    "epoch": round(step / steps_per_epoch, 4),
-                    "loss": loss,
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                    "gradient_norm": norm,
-                    "rows": rows_seen,
-                    "rows_per_second": round(rows_seen / (time.perf_counter() - started), 3),
-                }
-                metrics.append(line)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                tell.step(line)
-    seconds = time.perf_counter() - started
-
-    tell.stage("measuring the tuned model")
-    after = evaluate(model, heldout_rows, task, pad_id, batch_size=recipe.batch_size)
-    tell.evaluated("after", after)
-    notes = {"tokenizer": train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
-    save(model, directory / rundir.ADAPTER, notes=notes)
-    rundir.plot_loss(directory, metrics, [(0, before["loss"]), (steps, after["loss"])])
-    record |= {
-        "status": "finished",
-        "after": after,
-        "seconds": round(seconds, 3),
-        "rows_per_second": round(rows_seen / seconds, 3),
-        "peak_memory_bytes": rundir.peak_memory(),
-    }
-    rundir.write_record(directory, record)
-    result = Result(
-        directory, before, after, seconds, rows_seen / seconds, record["peak_memory_bytes"], trainable, total, record
+    return Job(
+        recipe=recipe,
+        directory=directory,
+        model=model,
+        device=loaded.device,
+        task=task,
+        train_rows=train_rows,
+        heldout_rows=heldout_rows,
+        pad_id=pad_id,
+        packing=packing,
+        rate=rate,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        record=record,
     )
-    tell.finish(result)
-    return result
 
 
 def task_of(recipe: Recipe, form: str, target: str | None) -> str:
@@ -283,6 +352,24 @@ def measured(
     return found
 
 
+def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int) -> str:
+    """How rows are batched: `shared`, `plain` or `off`. Shared beginnings need a pass without dropout to be exact."""
+    if recipe.packing == "off" or task != "causal":
+        return "off"
+    if not can_pack(model, longest):
+        if recipe.packing == "auto":
+            return "off"
+        raise UserError(f"packing: {recipe.packing} is not exact for this model or method", fix="packing: off")
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates += [getattr(module.method, "dropout", 0.0) for module in model.modules() if isinstance(module, Delta)]
+    rates.append(getattr(getattr(model, "config", None), "attention_dropout", 0.0) or 0.0)
+    if recipe.packing == "plain" or (recipe.packing == "auto" and any(rates)):
+        return "plain"
+    if any(rates):
+        raise UserError("packing: shared beginnings are not exact under dropout", fix="packing: plain, or dropout 0")
+    return "shared"
+
+
 def width_of(model: nn.Module) -> int:
     """Width of the residual stream."""
     config: Any = getattr(model, "config", None)
@@ -297,20 +384,6 @@ def factor_at(step: int, steps: int, recipe: Recipe) -> float:
         return (step + 1) / rise
     done = (step - rise) / max(1, steps - rise)
     return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[recipe.schedule]
-
-
-def model_without_adapter(model: nn.Module) -> nn.Module:
-    """The same model with its adapter switched off, for measuring what it was."""
-    from trimtab.core.attach import activate
-
-    return activate(model, None)
-
-
-def with_adapter(model: nn.Module) -> nn.Module:
-    """The same model with its adapter on again."""
-    from trimtab.core.attach import activate
-
-    return activate(model, "default")
 
 
 def stop_at_nan(step: int, loss: float, norm: float, rows: Sequence[Encoded]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from trimtab.core.method import WeightMethod
-from trimtab.core.site import Site
+from trimtab.core.site import Base, Site
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class Full(WeightMethod):
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "norm"})
     learning_rate: ClassVar[float] = 4e-5
     width_power: ClassVar[float] = 1.0
-    laws: ClassVar[dict[str, str]] = {"cost": "its weight is a dense matrix by definition"}
 
     def init(self, site: Site) -> dict[str, Any]:
         b = site.base.bias
@@ -37,3 +36,6 @@ class Full(WeightMethod):
 
     def bias(self, b: Tensor | None, p: Any) -> Tensor | None:
         return b if b is None else p.c
+
+    def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
+        return base.affine(x, p.V, self.bias(base.bias, p))

@@ -27,7 +27,7 @@ class LoRA(WeightMethod):
 
     paper: ClassVar[str] = "2106.09685"
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1.5e-3
     width_power: ClassVar[float] = 1.0
 
     rank: int = 8

@@ -26,7 +26,7 @@ class Magnitude(WeightMethod):
 
     paper: ClassVar[str] = "2402.09353"
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1.5e-3
     width_power: ClassVar[float] = 1.0
 
     inner: WeightMethod = field(default_factory=lambda: find("lora")())

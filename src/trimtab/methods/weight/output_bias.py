@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from trimtab.core.method import WeightMethod
 from trimtab.core.site import Base, Site
 
+if TYPE_CHECKING:
+    from trimtab.core.quantized import Code
+
 
 @dataclass(frozen=True)
 class OutputBias(WeightMethod):
     """b' = b + d, W' = W.
 
-    d (out) starts at 0; a site without a bias gets one. One addition per channel; nothing after merging. Mergeable.
+    d (out) starts at 0; a site without a bias gets one. One addition per channel; nothing after merging. Mergeable,
+    also where W is quantized, exactly.
     arXiv 2106.10199 trains biases that exist; on a model without any this adds zero-initialised ones.
     """
 
@@ -34,3 +38,6 @@ class OutputBias(WeightMethod):
 
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
         return base(x) + p.d
+
+    def merge(self, code: Code, p: Any) -> dict[str, Tensor] | None:
+        return {}

@@ -22,12 +22,13 @@ class QALoRA(WeightMethod):
 
     A (rank, in / group_size) Xavier-uniform, B (out, rank) = 0. Every input of a group meets the same update, so on an
     affine weight (codes − zero)·scale it is exactly a shift of the zero points: zero ← zero − (s / group_size)·(B A) /
-    scale; codes and scales stay. Mergeable, exactly also into int2/3/4.
+    scale; codes and scales stay. Costs 2·rank·(in / group_size + out) multiplications per token; nothing after merging.
+    Mergeable, exactly also into int2/3/4.
     arXiv 2309.14717. PEFT multiplies the pooled mean by the number of groups; this follows the official code.
     """
 
     paper: ClassVar[str] = "2309.14717"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1.5e-3
     width_power: ClassVar[float] = 1.0
 
     rank: int = 16

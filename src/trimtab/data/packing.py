@@ -1,0 +1,130 @@
+"""Packing: the rows of a step as one sequence without padding, in which what rows have in common stands once.
+
+Rows that start with the same tokens (system prompt, template, question) share a segment; their different rests are
+segments that continue it: a tree of any depth. A causal model computes exactly what it would for each row alone, as
+long as attention follows the tree (`trimtab.engine.attention`) and positions count from each row's start.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from trimtab.data.encode import Encoded
+
+SHARE = 16
+"""Fewest common tokens worth a segment of their own."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of a pack. They attend to every token of their `ancestors`, then causally to each other."""
+
+    start: int
+    stop: int
+    ancestors: tuple[int, ...] = ()
+    """Indices of earlier segments, root first."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows as one sequence: `ids` and `positions` (1, tokens), and the terms of the loss.
+
+    Term i is the prediction of `targets[i]` at token `sources[i]`, and counts `weights[i]` times: a token may have to
+    predict several continuations, and a shared one counts once for each row that has it.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+    sources: Tensor
+    targets: Tensor
+    weights: Tensor
+    rows: int
+    row_tokens: int
+    """Tokens of all rows before sharing."""
+
+    @property
+    def terms(self) -> int:
+        """Trained tokens of all rows."""
+        return int(self.weights.sum())
+
+    def to(self, device: torch.device) -> Pack:
+        """The same pack with its tensors on a device."""
+        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return Pack(**{**vars(self), **moved})
+
+
+def pack(rows: Sequence[Encoded], share: int | None = SHARE) -> Pack:
+    """Pack rows; common beginnings of at least `share` tokens are kept once (None: never)."""
+    builder = _Builder([row.ids for row in rows], share)
+    terms: Counter[tuple[int, int]] = Counter()
+    for row, places in zip(rows, builder.places, strict=True):
+        for at in range(1, len(row.ids)):
+            if row.trained[at]:
+                terms[places[at - 1], row.ids[at]] += 1
+    ordered = sorted(terms)
+    return Pack(
+        ids=torch.tensor([builder.ids]),
+        positions=torch.tensor([builder.positions]),
+        segments=tuple(builder.segments),
+        sources=torch.tensor([source for source, _ in ordered], dtype=torch.long),
+        targets=torch.tensor([target for _, target in ordered], dtype=torch.long),
+        weights=torch.tensor([float(terms[one]) for one in ordered]),
+        rows=len(rows),
+        row_tokens=sum(len(row.ids) for row in rows),
+    )
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens two rows have in common."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+class _Builder:
+    """Lays rows out as a tree, depth first, so that ancestors come before what continues them."""
+
+    def __init__(self, rows: Sequence[list[int]], share: int | None) -> None:
+        self.rows, self.share = rows, share
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[Segment] = []
+        self.places: list[list[int]] = [[] for _ in rows]
+        order = sorted(range(len(rows)), key=lambda row: rows[row]) if share else list(range(len(rows)))
+        self.grow(order, 0, ())
+
+    def grow(self, group: Sequence[int], depth: int, ancestors: tuple[int, ...]) -> None:
+        """Place rows that agree on their first `depth` tokens, which stand in `ancestors`."""
+        for run in self.runs(group, depth):
+            common = common_start(self.rows[run[0]], self.rows[run[-1]])
+            above = self.add(run, depth, common, ancestors)
+            if len(run) > 1:
+                self.grow(run, common, above)
+
+    def runs(self, group: Sequence[int], depth: int) -> list[list[int]]:
+        """The sorted rows of a group cut where neighbours have too little in common beyond `depth`."""
+        runs = [[group[0]]]
+        for before, row in pairwise(group):
+            common = common_start(self.rows[before], self.rows[row])
+            if self.share and common - depth >= self.share:
+                runs[-1].append(row)
+            else:
+                runs.append([row])
+        return runs
+
+    def add(self, run: Sequence[int], start: int, stop: int, ancestors: tuple[int, ...]) -> tuple[int, ...]:
+        """A segment for tokens [start:stop] of every row of a run; returns the ancestors of what continues it."""
+        first = len(self.ids)
+        for row in run:
+            self.places[row] += range(first, first + stop - start)
+        if start == stop:
+            return ancestors
+        self.ids += self.rows[run[0]][start:stop]
+        self.positions += range(start, stop)
+        self.segments.append(Segment(first, len(self.ids), ancestors))
+        return (*ancestors, len(self.segments) - 1)

@@ -1,0 +1,103 @@
+"""Attention along the segments of a pack, registered with transformers' attention interface under our name.
+
+Each segment's queries meet the keys of its ancestors and, causally, its own: no mask over the whole pack is ever made,
+and the cost is that of the rows alone, less what they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trimtab.core.delta import state_of
+from trimtab.core.method import InputMethod
+from trimtab.data.packing import Segment
+
+NAME = "trimtab_segments"
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Sequence[Segment] | None = None,
+    **options: Any,  # whatever transformers passes to every attention function
+) -> tuple[Tensor, None]:
+    """Attention over one pack: query (1, heads, tokens, width), key and value with as many heads or fewer.
+
+    Returns (1, tokens, heads, width). Without `segments` (generation, a padded batch) torch's own attention runs.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    lengths = [segment.stop - segment.start for segment in segments]
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for index, segment in enumerate(segments):
+        k, v, mask = keys[index], values[index], None
+        if segment.ancestors:
+            k = torch.cat([*(keys[above] for above in segment.ancestors), k], 2)
+            v = torch.cat([*(values[above] for above in segment.ancestors), v], 2)
+            mask = causal_after(lengths[index], k.shape[2], query.device)
+        y = F.scaled_dot_product_attention(
+            queries[index],
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout if module.training else 0.0,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        outputs.append(y)
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def causal_after(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool: the last `queries` of `keys` positions see everything up to themselves."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def can_pack(model: nn.Module, longest: int) -> bool:
+    """Whether packing is exact for this model: a causal one on transformers' attention interface, plain softmax.
+
+    Not packed: sliding windows shorter than a row, capped scores, state-space layers, and adapters that reserve or read
+    positions of a padded batch.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or not getattr(model, "_supports_attention_backend", False):
+        return False
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    capped = getattr(text, "attn_logit_softcapping", None)
+    if capped or not kinds <= {"full_attention", "sliding_attention"} or (window and window < longest):
+        return False
+    state = state_of(model)
+    parts = [part for adapter in state.adapters.values() for part in adapter.parts] if state else []
+    return not any(isinstance(p.method, InputMethod) or getattr(p.method, "reads_batch", False) for p in parts)
+
+
+@contextmanager
+def segments_in(model: Any) -> Iterator[None]:
+    """Run the model with segment attention inside; its own attention comes back afterwards."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, segment_attention)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,1 @@
+"""Storage formats of frozen weights: one file, one format, named after it."""
