@@ -165,8 +165,8 @@ def test_methods_do_not_ask_a_layer_for_its_class() -> None:
 def test_public_functions_name_their_arguments() -> None:
     found = []
     for path in files():
-        # Outside of methods, `forward` is torch's verb: a module that stands in for another passes on what it is given.
-        # `segment_attention` is called by transformers, which hands every attention function whatever a model was given.
+        # Outside of methods, `forward` is torch's verb: a module that stands in for another passes on what it gets.
+        # `segment_attention` is called by transformers, which hands an attention function whatever a model was given.
         passes_on = set() if path.is_relative_to(SOURCE / "methods") else {"forward", "segment_attention"}
         for function in functions(path):
             if function.args.kwarg is not None and function.name not in passes_on:

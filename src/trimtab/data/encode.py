@@ -793,8 +793,6 @@ def labels_of(examples: Sequence[Labelled]) -> Labels:
     return tuple(sorted(found, key=order))
 
 
-
-
 def _numbers(examples: Sequence[Labelled], labels: Labels) -> list[int | float]:
     """Each example's class number, or its label itself; classes are compared as written, so 1 is `"1"`."""
     problems = []
