@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from trimtab.core.registry import find, name_of, names
+from trimtab.core.method import Placed
+from trimtab.core.registry import find, name_of, names, to_json
 
 
 class Catalog(Mapping[str, Any]):
@@ -49,13 +51,19 @@ def presets() -> dict[str, Callable[..., Any]]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What a method or preset says of itself, as plain data."""
+    """What a method, preset or format says of itself, as plain data; `fields` are its settings as JSON, with types."""
     known = presets()
     plain = name.lower().replace("-", "").replace("_", "")
     if plain in known:
         made = known[plain]
-        return {"name": plain, "space": "preset", "equation": first_line(made), "settings": settings(made)}
-    cls: Any = find(name)
+        parts = [{"where": where, **to_json(method)} for method, where in parts_of(made())]
+        facts = {"name": plain, "space": "preset", "equation": first_line(made), "settings": settings(made)}
+        return facts | {"fields": fields(made), "parts": parts}
+    if plain in {one.replace("_", "") for one in formats()}:
+        cls: Any = find(name, "storage")
+        facts = {"name": name_of(cls), "class": cls.__name__, "space": "storage", "equation": first_line(cls)}
+        return facts | {"settings": settings(cls), "fields": fields(cls)}
+    cls = find(name)
     return {
         "name": name_of(cls),
         "class": cls.__name__,
@@ -67,8 +75,34 @@ def describe(name: str) -> dict[str, Any]:
         "hosts": sorted(cls.hosts),
         "mergeable": cls.mergeable,
         "settings": settings(cls),
+        "fields": fields(cls),
         "laws": dict(cls.laws),
+        "presets": [one for one, made in known.items() if any(uses(part, cls) for part, _ in parts_of(made()))],
     }
+
+
+def parts_of(made: Any) -> list[tuple[Any, str]]:
+    """The methods of what a preset returns, each with where it goes."""
+    listed = made if isinstance(made, tuple | list) else (made,)
+    pairs = [tuple(one) if isinstance(one, Placed) else (one, None) for one in listed]
+    return [(method, where or method.where) for method, where in pairs]
+
+
+def uses(method: Any, cls: type) -> bool:
+    """Whether a method is of a class, or has one of it in its fields."""
+    inner = [getattr(method, field.name) for field in dataclasses.fields(method)]
+    return type(method) is cls or any(uses(one, cls) for one in inner if dataclasses.is_dataclass(one))
+
+
+def fields(made: Any) -> dict[str, dict[str, Any]]:
+    """Setting -> type and default as JSON, of a method class or a preset; a default made anew is made."""
+    factories = {one.name: one.default_factory for one in dataclasses.fields(made)} if isinstance(made, type) else {}
+    found = {}
+    for name, one in inspect.signature(made).parameters.items():
+        factory = factories.get(name, dataclasses.MISSING)
+        value = factory() if callable(factory) else one.default
+        found[name] = {"type": str(one.annotation), "default": to_json(value)}
+    return found
 
 
 def settings(made: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def rows_with_common_beginnings() -> list[Encoded]:
-    """Nine rows: a common system prompt, questions that some share, equal rows, and one that is the start of another."""
+    """Nine rows: a common system prompt, questions that some share, equal rows, one that is the start of another."""
     draw = torch.Generator().manual_seed(7)
 
     def words(count: int) -> list[int]:

@@ -24,23 +24,33 @@ if TYPE_CHECKING:
     from trimtab.core.delta import State
 
 
+Slots = dict[str, tuple[int, int]]
+"""Reserved positions [start, stop) of each input method, counted from the end where they are negative."""
+
+
 @dataclass
 class Batch:
-    """One forward of one stack. `slots` gives the reserved positions of each input method, empty while decoding."""
+    """One forward of one stack. `slots` and `total` are empty and 0 while decoding: the cache holds what was there."""
 
-    slots: dict[str, tuple[int, int]] = field(default_factory=dict)
+    slots: Slots = field(default_factory=dict)
     prompt: Tensor | None = None
     """(rows, positions) bool: real tokens before the first trained one; None while decoding."""
+    total: int = 0
+    """How many positions are reserved in every row."""
+    mixed: dict[tuple[str, ...], Slots] = field(default_factory=dict)
+    """The slots of rows that use these adapters, where rows differ."""
 
-    def of_rows(self, index: Tensor) -> Batch:
-        """The same for some rows of the batch."""
-        return Batch(self.slots, None if self.prompt is None else self.prompt.index_select(0, index))
+    def of_rows(self, names: tuple[str, ...], index: Tensor) -> Batch:
+        """The same for the rows at `index`, which use the adapters `names`."""
+        prompt = None if self.prompt is None else self.prompt.index_select(0, index)
+        return Batch(self.mixed.get(names, {}), prompt, self.total)
 
     def replace(self, y: Tensor, values: Tensor, slot: str) -> Tensor:
         """`y` (rows, positions, width) with `values` (length, width) at the positions reserved for `slot`."""
         start, stop = self.slots.get(slot, (0, 0))
         if start == stop:
             return y
+        start, stop = (start, stop) if start >= 0 else (y.shape[1] + start, y.shape[1] + stop)
         return torch.cat([y[:, :start], values.to(y.dtype).expand(y.shape[0], -1, -1), y[:, stop:]], 1)
 
 
@@ -87,12 +97,10 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
     done = past.get_seq_length() if past is not None and stack.causal else 0
     rows, length = tokens.shape[:2]
 
-    slots: dict[str, tuple[int, int]] = {}
-    total = 0
-    for name, slot, count in reserved(stack, state):
-        if any(name in names for names in state.rows or [state.active]):
-            slots[slot] = (total, total + count)
-            total += count
+    groups = [(state.active, list(range(rows)))] if state.rows is None else state.row_groups(rows)
+    wanted = list(reserved(stack, state))
+    needs = {names: sum(count for name, _, count in wanted if name in names) for names, _ in groups}
+    total = max(needs.values())
     mask = call.get("attention_mask")
     if total and mask is not None and mask.ndim != 2:
         raise UserError(
@@ -110,7 +118,10 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
 
     if total:
         where = "front" if stack.causal else "back"
-        live = _live(slots, stack, state, rows, total, tokens.device)
+        live = torch.ones(rows, total, dtype=torch.bool, device=tokens.device)
+        for names, index in groups:
+            if needs[names] < total:
+                live[index] = _beside(needs[names], total, where).to(tokens.device)
         if mask is None and (done or not bool(live.all())):
             mask = tokens.new_ones(rows, length + max(0, done - total), dtype=torch.long)
         if mask is not None:
@@ -139,23 +150,27 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
             call["position_ids"] = positions
         elif positions is not None:
             call["position_ids"] = _join(positions.new_zeros(positions.shape[0], total), positions, where)
-        if where == "back":
-            slots = {slot: (length + start, length + stop) for slot, (start, stop) in slots.items()}
-    state.batches[stack.path] = Batch({} if done else slots, prompt)
+    if done:
+        state.batches[stack.path] = Batch()
+        return (), call
+    first = {names: total - need if stack.causal else -total for names, need in needs.items()}
+    slots = {names: _ranges(wanted, names, first[names]) for names in needs}
+    if state.rows is None:
+        state.batches[stack.path] = Batch(slots[state.active], prompt, total)
+    else:
+        state.batches[stack.path] = Batch({}, prompt, total, slots)
     return (), call
 
 
 def release(stack: Stack, state: State, module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a stack: takes the reserved positions off every hidden state it returns."""
     batch = state.batches.get(stack.path)
-    if batch is None or not batch.slots:
+    if batch is None or not batch.total:
         return output
-    start = min(start for start, _ in batch.slots.values())
-    stop = max(stop for _, stop in batch.slots.values())
 
     def strip(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim == 3:
-            return value[:, stop:] if stack.causal else value[:, :start]
+            return value[:, batch.total :] if stack.causal else value[:, : -batch.total]
         return tuple(strip(item) for item in value) if isinstance(value, tuple) else value
 
     if isinstance(output, Tensor):
@@ -180,6 +195,24 @@ def reserved(stack: Stack, state: State) -> Iterator[tuple[str, str, int]]:
 def slot_name(adapter: str, label: str) -> str:
     """The key under which one part of an adapter has its reserved positions."""
     return f"{adapter}/{label}"
+
+
+def follow(path: str, state: State, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook inside a stack, also run by an edited forward: what is recomputed in backward gets its own batch.
+
+    Several batches may wait for their backward. A checkpointed module runs again on the very tensors of its first run,
+    so these carry the batch.
+    """
+    if torch.compiler.is_compiling():
+        return
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if torch._C._current_graph_task_id() == -1:
+        for value in given:
+            value._trimtab_batch = state.batches.get(path)  # type: ignore[attr-defined]
+    else:
+        known = next((value._trimtab_batch for value in given if hasattr(value, "_trimtab_batch")), None)
+        if known is not None:
+            state.batches[path] = known
 
 
 def see_labels(state: State, names: tuple[str, ...], module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -224,10 +257,24 @@ def install_hooks(model: nn.Module, state: State, paths: list[str]) -> None:
             before = module.register_forward_pre_hook(partial(reserve, stack, state), with_kwargs=True)
             after = module.register_forward_hook(partial(release, stack, state))
             state.hooks.append((stack.path, before, after))
+        for inner in inside(stack.path, path):
+            if inner not in present:
+                present.add(inner)
+                hook = model.get_submodule(inner).register_forward_pre_hook(
+                    partial(follow, stack.path, state), with_kwargs=True
+                )
+                state.hooks.append((inner, hook))
     names = tuple(inspect.signature(model.forward).parameters)
     if "labels" in names and "labels of the root" not in present:
         handle = model.register_forward_pre_hook(partial(see_labels, state, names), with_kwargs=True)
         state.hooks.append(("labels of the root", handle))
+
+
+def inside(stack: str, path: str) -> list[str]:
+    """The paths from just below a stack down to a site."""
+    names = path.split(".")
+    first = len(stack.split(".")) + 1 if stack else 1
+    return [".".join(names[:end]) for end in range(first, len(names) + 1)]
 
 
 def remove_hooks(state: State) -> None:
@@ -244,16 +291,17 @@ def _join(virtual: Tensor, real: Tensor, where: str) -> Tensor:
     return torch.cat([virtual, real] if where == "front" else [real, virtual], 1)
 
 
-def _live(
-    slots: dict[str, tuple[int, int]], stack: Stack, state: State, rows: int, total: int, device: torch.device
-) -> Tensor:
-    """(rows, total) bool: a row attends to the virtual tokens of its own adapters only."""
-    if state.rows is None:
-        return torch.ones(rows, total, dtype=torch.bool, device=device)
-    live = torch.zeros(rows, total, dtype=torch.bool, device=device)
-    for names, index in state.row_groups(rows):
-        for name, slot, _ in reserved(stack, state):
-            if name in names:
-                start, stop = slots[slot]
-                live[index, start:stop] = True
-    return live
+def _beside(need: int, total: int, where: str) -> Tensor:
+    """(total) bool: a row uses the reserved positions next to its real tokens, so distances are as without the others."""
+    places = torch.arange(total)
+    return places >= total - need if where == "front" else places < need
+
+
+def _ranges(wanted: list[tuple[str, str, int]], names: tuple[str, ...], start: int) -> Slots:
+    """The positions of each slot of these adapters, one after the other from `start`."""
+    found = {}
+    for name, slot, count in wanted:
+        if name in names:
+            found[slot] = (start, start + count)
+            start += count
+    return found

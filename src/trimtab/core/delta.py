@@ -179,7 +179,8 @@ class Deltas(nn.ModuleDict):
             if any(delta.adapter in names for delta in self.values()):
                 index = torch.tensor(rows, device=x.device)
                 part = x.index_select(0, index)
-                edited = self.over(Known(base, None, part, y.index_select(0, index), index), names)
+                batch = base.batch.of_rows(names, index) if base.batch is not None else None
+                edited = self.over(Known(base, None, part, y.index_select(0, index), batch), names)
                 out = out.index_copy(0, index, edited(part))
         return out
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.batch import follow
 from trimtab.core.delta import Delta, Deltas, State
 from trimtab.core.errors import UserError
 from trimtab.core.select import Place
@@ -60,7 +61,7 @@ def edited_forward(cls: type) -> dict[str, Any]:
 
 
 def edited_opaque(cls: type) -> dict[str, Any]:
-    """Namespace of a subclass of any module whose first output goes through its deltas; they are no step of a Sequential."""
+    """Namespace of a subclass of any module whose first output goes through its deltas (no step of a Sequential)."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return run_opaque(self, inner_forward(self, cls), args, kwargs)
@@ -75,6 +76,8 @@ def edited_opaque(cls: type) -> dict[str, Any]:
 def run_opaque(module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call the deltas of an opaque module, passing on all other arguments and outputs."""
     deltas: Any = module.delta
+    if deltas.stack in deltas.state.batches:
+        follow(deltas.stack, deltas.state, module, args, kwargs)
     if args:
         x, args = args[0], args[1:]
     else:
@@ -143,7 +146,10 @@ class RawDeltas(Deltas):
         return [name for layout in self.layouts.values() for name in (layout.name, layout.bias_name) if name]
 
     def value(self, module: nn.Module, name: str) -> Tensor | None:
-        """The edited parameter `name` of `module`."""
+        """The edited parameter `name` of `module`; the stored one while it is sharded, which its owner asks for."""
+        stored = module._parameters.get(name)
+        if name not in self.ready and hasattr(stored, "full_tensor"):
+            return stored
         if name not in self.ready:
             for layout in dict.fromkeys(self.layouts.values()):
                 if name in (layout.name, layout.bias_name):

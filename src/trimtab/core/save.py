@@ -36,18 +36,26 @@ def save(
     """Write one adapter to a directory, which is made if needed; `notes` (plain data) are kept in the record.
 
     Both files are complete on disk before either takes its final name, so a full disk or a kill leaves the old ones.
+    In a sharded model every process has to call this; tensors are gathered, and the first process writes.
     """
     from safetensors.torch import save as to_bytes
 
     state = require_state(model, "save")
     check_names(state, [name], "save")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter_tensors(model, name).items()}
+    target = Path(directory)
+    tensors = {key: whole(value.detach()).cpu().contiguous() for key, value in adapter_tensors(model, name).items()}
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return target
     blob = to_bytes(tensors, metadata={"format": "pt"})
     record = describe(model, state.adapters[name]) | {"sha256": hashlib.sha256(blob).hexdigest(), "notes": notes or {}}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    target = Path(directory)
     write_together(target, {TENSORS: blob, RECORD: text.encode()})
     return target
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor gathered from the processes it is sharded over, if it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -297,7 +305,10 @@ def put(holder: nn.Module, key: str, value: Tensor, model: nn.Module, trainable:
     owner = holder.get_submodule(".".join(path))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     old = owner._parameters.get(last)
-    if old is not None:
+    if old is not None and not value.numel():
+        del owner._parameters[last]
+        owner.register_buffer(last, value.to(device))
+    elif old is not None:
         owner._parameters[last] = nn.Parameter(value.to(device), requires_grad=old.requires_grad and trainable)
     else:
         owner._buffers[last] = value.to(device)

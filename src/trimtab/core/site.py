@@ -234,7 +234,7 @@ class RawBase(Base):
 class Known(Base):
     """Another base restricted to some output rows or batch rows, whose answer for one very `x` is already there."""
 
-    __slots__ = ("base", "picked", "rows", "x", "y")
+    __slots__ = ("_batch", "base", "rows", "x", "y")
 
     def __init__(
         self,
@@ -242,9 +242,10 @@ class Known(Base):
         rows: tuple[int, int] | None,
         x: Tensor | None = None,
         y: Tensor | None = None,
-        picked: Tensor | None = None,
+        batch: Batch | None = None,
     ) -> None:
-        self.base, self.rows, self.x, self.y, self.picked = base, rows, x, y, picked
+        self.base, self.rows, self.x, self.y = base, rows, x, y
+        self._batch = base.batch if batch is None else batch
 
     def __call__(self, x: Tensor) -> Tensor:
         if x is self.x and self.y is not None:
@@ -282,8 +283,7 @@ class Known(Base):
 
     @property
     def batch(self) -> Batch | None:
-        batch = self.base.batch
-        return batch if batch is None or self.picked is None else batch.of_rows(self.picked)
+        return self._batch
 
 
 class Edited(Base):

@@ -48,7 +48,8 @@ class FishMask(WeightMethod):
         F = self.score(site).flatten()
         keep = self.count(site) if F.is_meta else int(site.shared.keep[site.index])
         index = torch.topk(F, keep).indices.sort().values
-        return {"index": index, "value": nn.Parameter(torch.zeros(keep))}
+        value = torch.zeros(keep)
+        return {"index": index, "value": nn.Parameter(value) if keep else value}
 
     def score(self, site: Site) -> Tensor:
         """F of a site; on the meta device only its shape matters."""

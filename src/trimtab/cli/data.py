@@ -1,0 +1,172 @@
+"""`trimtab data`: what a data file holds and, with a model, which tokens of it would be trained."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trimtab.cli.verb import Verb, columns, heading, say
+from trimtab.core.errors import UserError
+from trimtab.train.recipe import CHOICES, pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trimtab.data.encode import Encoded
+    from trimtab.data.forms import Example
+
+LONGEST = 600
+"""Characters of a field or a piece that are shown."""
+
+
+@click.command(cls=Verb, name="data", short_help="Show what would be trained.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", help="A model directory or starter; its tokenizer shows which tokens are trained.")
+@click.option("--columns", "roles", metavar="ROLE=COLUMN,...", help="Which column plays which role.")
+@click.option("--max-length", type=click.IntRange(min=2), help="Longest row in tokens.")
+@click.option(
+    "--truncation", type=click.Choice(CHOICES["truncation"]), default="error", help="What longer rows become."
+)
+@click.option("--train-on", type=click.Choice(CHOICES["train_on"]), default="completions", help="What is trained.")
+@click.option("--examples", "shown", type=click.IntRange(min=0), default=2, show_default=True, help="Rows to show.")
+def command(
+    file: Path,
+    model: str | None,
+    roles: str | None,
+    max_length: int | None,
+    truncation: Any,
+    train_on: Any,
+    shown: int,
+) -> dict[str, Any]:
+    """Read a data file as `trimtab tune` would: its form, its rows and, with --model, the tokens that are trained."""
+    from trimtab.data.forms import detect, examples
+    from trimtab.data.reading import read
+
+    table = read(file)
+    form = detect(table, mapping(roles))
+    rows = examples(table, form)
+    found: dict[str, Any] = {
+        "path": str(file),
+        "kind": table.kind,
+        "sha256": table.sha256,
+        "form": form.name,
+        "columns": dict(form.columns),
+        "ignored": list(form.ignored),
+        "rows": len(rows),
+        "prompts": len({row.prompt_key() for row in rows}),
+    }
+    facts = [
+        ("form", f"{form.name} ({', '.join(f'{role}={column}' for role, column in form.columns.items())})"),
+        ("rows", f"{len(rows):,}, {found['prompts']:,} different prompts"),
+    ]
+    if form.ignored:
+        facts.append(("not read", ", ".join(form.ignored)))
+    if form.target == "classes":
+        found["labels"] = {str(label): count for label, count in Counter(row.label for row in rows).items()}  # type: ignore[attr-defined]
+        facts.append(("labels", ", ".join(f"{label} {count}" for label, count in sorted(found["labels"].items()))))
+    elif form.target:
+        facts.append(("target", "a number"))
+    say(heading(str(file)) + "\n" + columns(facts))
+    if model is None:
+        found["examples"] = [plain(row) for row in rows[:shown]]
+        for one in found["examples"]:
+            say("\n" + columns([(key, short(value)) for key, value in one.items()]))
+        say(f"\nTo see the trained tokens: trimtab data {file} --model smollm2-135m-instruct")
+        return found
+    return found | encoded(rows, tokenizer_of(model), max_length, truncation, train_on, shown)
+
+
+def mapping(text: str | None) -> dict[str, str] | None:
+    """`prompt=a,completion=b` as roles and columns."""
+    try:
+        return pairs(text) if text else None
+    except ValueError as error:
+        raise UserError(f"data: --columns {text}: {error}", fix="for example --columns prompt=a,completion=b") from None
+
+
+def encoded(
+    rows: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    truncation: Any,
+    train_on: Any,
+    shown: int,
+) -> dict[str, Any]:
+    """Encode rows, print the report and some of them; returns both as plain data."""
+    from trimtab.data.encode import encode_all
+
+    limit = max_length or (tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None)
+    made = encode_all(rows, tokenizer, max_length=limit, truncation=truncation, train_on=train_on)
+    say("\n".join("  " + line for line in made.report.summary().splitlines()))
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if made.report.template != "none" and shown:
+        say("\n" + (click.style("trained tokens", fg="green") if colours else "trained tokens stand in [[ ]]"))
+    examples = []
+    for one in made[:shown]:
+        runs = pieces(one, tokenizer)
+        label: Any = one.label
+        if isinstance(made.labels, tuple) and isinstance(label, int):
+            label = str(made.labels[label])
+        named = "" if label is None else f", label {label}"
+        examples.append({"row": one.row, "tokens": len(one.ids), "label": label, "pieces": runs})
+        say(f"\nrow {one.row}, {len(one.ids)} tokens{named}\n{marked(runs, colours)}")
+    report = vars(made.report) | {"notes": list(made.report.notes)}
+    return {"report": report, "examples": examples}
+
+
+def pieces(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The text of a row as runs of trained and untrained tokens."""
+    marks = list(zip(row.ids, row.trained, strict=True))
+    return [
+        {"text": tokenizer.decode([token for token, _ in run]), "trained": trained}
+        for trained, run in groupby(marks, key=lambda mark: mark[1])
+    ]
+
+
+def marked(runs: Sequence[Mapping[str, Any]], colours: bool) -> str:
+    """Runs as one text, the trained ones green or in double brackets."""
+    parts = []
+    for run in runs:
+        words = short(run["text"])
+        if run["trained"]:
+            words = click.style(words, fg="green") if colours else f"[[{words}]]"
+        parts.append(words)
+    return "".join(parts)
+
+
+def plain(row: Example) -> dict[str, Any]:
+    """An example as plain data."""
+    import dataclasses
+
+    return {key: value for key, value in dataclasses.asdict(row).items() if value not in (None, "")}
+
+
+def short(value: Any) -> str:
+    """A value as text, its middle left out when it is long."""
+    words = value if isinstance(value, str) else str(value)
+    return words if len(words) <= LONGEST else f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
+
+
+def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, a starter or a hub id; no weights are read."""
+    from transformers import AutoTokenizer
+
+    from trimtab.models.starters import fetch, quiet_transformers, starters
+
+    directory = Path(model).expanduser()
+    source = str(directory) if directory.is_dir() or model not in starters() else str(fetch(model, progress=say))
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        fix = f"give a model directory, or a starter: {', '.join(starters())}"
+        raise UserError(f"data: no tokenizer could be loaded from {model}: {reason}", fix=fix) from None
+    return tokenizer
