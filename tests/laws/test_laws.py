@@ -1,4 +1,4 @@
-"""Every law for every registered method, on every host and storage it declares; then the presets, and language models."""
+"""Every law for every registered method, on every host and storage it declares; then presets and language models."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from language_models import hosts as language_models
+
 from trimtab import laws, presets
 from trimtab.core.method import Method
 

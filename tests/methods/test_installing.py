@@ -69,7 +69,9 @@ def test_merging_into_a_tied_weight_unties_it(where: str) -> None:
     assert model.config.tie_word_embeddings is False
 
 
-@pytest.mark.parametrize("method", [tt.LoRA(rank=3), tt.IA3(), tt.Houlsby(bottleneck=3)], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "method", [tt.LoRA(rank=3), tt.IA3(), tt.Houlsby(bottleneck=3)], ids=lambda one: type(one).__name__
+)
 def test_a_forward_patched_on_the_instance_is_respected_and_comes_back(method: Any) -> None:
     """accelerate replaces `forward` on instances, keeping the old one, to move inputs about."""
     torch.manual_seed(0)
@@ -93,31 +95,67 @@ def test_a_forward_patched_on_the_instance_is_respected_and_comes_back(method: A
     assert torch.equal(model(x), frozen)
 
 
+class Final(nn.Module):
+    """A class that allows no subclass, so that none can be swapped in. Returns a pair, called by keyword."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("this class is final")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(24, 40), nn.Linear(40, 24)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, str]:
+        return hidden_states + self.down_proj(torch.relu(self.up_proj(hidden_states))), "kept"
+
+
+class FinalChain(nn.Module):
+    """Blocks of a final class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Final(), Final()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, rest = layer(hidden_states=x)
+            assert rest == "kept"
+        return x
+
+
 def test_a_module_whose_class_cannot_change_gets_a_hook() -> None:
     torch.manual_seed(0)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([torch.jit.script(laws.hosts.sequential_block()) for _ in range(2)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-    model, x = Model().eval(), torch.randn(2, 5, 24)
+    model, x = FinalChain().eval(), torch.randn(2, 5, 24)
     before, frozen = facts(model), model(x).detach()
-    classes = [type(layer) for layer in model.layers]
     moved(tt.attach(model, tt.Houlsby(bottleneck=3), "block"))
     y = model(x)
+    assert type(model.layers[0]) is Final
     assert not torch.allclose(y, frozen)
     y.sum().backward()
     assert all(bool(one.grad.any()) for one in model.parameters() if one.requires_grad)
-    assert [type(layer) for layer in model.layers] == classes
+    with torch.no_grad():
+        mixed = tt.activate(model, ["default", None])(x)
+        torch.testing.assert_close(mixed, torch.stack([y[0], frozen[1]]))
     tt.detach(model)
     assert torch.equal(model(x), frozen)
     unchanged(model, before)
+
+
+def test_a_linear_whose_class_cannot_change_gets_a_hook() -> None:
+    torch.manual_seed(0)
+
+    class FinalLinear(nn.Linear):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("this class is final")
+
+    model, x = nn.Sequential(FinalLinear(24, 20)), torch.randn(2, 5, 24)
+    frozen = model(x).detach()
+    moved(tt.attach(model, tt.LoRA(rank=3), "0"))
+    y = model(x).detach()
+    assert not torch.allclose(y, frozen)
+    tt.merge(model)
+    torch.testing.assert_close(model(x), y)
+    assert type(model[0]) is FinalLinear
 
 
 @pytest.mark.parametrize(
@@ -185,7 +223,9 @@ def test_a_full_disk_leaves_the_old_adapter(call: str, tmp_path: Path, monkeypat
 # ------------------------------------------------------------------------------------------- torch's own attention
 
 
-@pytest.mark.parametrize("method", [tt.LoRA(rank=3), tt.DoRA(rank=3), tt.OutputBias()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "method", [tt.LoRA(rank=3), tt.DoRA(rank=3), tt.OutputBias()], ids=lambda one: type(one).__name__
+)
 @pytest.mark.parametrize("where", ["q, v", "qkv, o", "q, k, v, o"])
 def test_torch_attention_is_edited_in_every_mode(method: Any, where: str) -> None:
     """In eval without gradients torch takes a fused path that reads the weights; with them another one."""
@@ -323,3 +363,27 @@ def test_biased_experts_are_scaled_with_their_biases() -> None:
     wanted[..., rows] = wanted[..., rows] * delta.l[:, None]
     torch.testing.assert_close(found, wanted)
     assert F.mse_loss(found, wanted) < 1e-8
+
+
+@pytest.mark.parametrize("method", [tt.LoRA(rank=3), tt.Houlsby(bottleneck=3)], ids=lambda one: type(one).__name__)
+def test_hooks_of_accelerate_stay_in_place(method: Any) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    torch.manual_seed(0)
+
+    class Doubling(hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return 2 * output
+
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(2, 3, 6)
+    plain = model(x).detach()
+    hooks.add_hook_to_module(model[1], Doubling())
+    frozen = model(x).detach()
+    torch.testing.assert_close(frozen, 2 * plain)
+    tt.attach(model, method, "1")
+    torch.testing.assert_close(model(x), frozen, rtol=1e-3, atol=1e-4)
+    moved(model)
+    assert not torch.allclose(model(x), frozen, atol=1e-3)
+    tt.detach(model)
+    assert torch.equal(model(x), frozen)
+    hooks.remove_hook_from_module(model[1])
+    assert torch.equal(model(x), plain)

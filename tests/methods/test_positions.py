@@ -1,4 +1,4 @@
-"""Methods that know positions (prefix tuning, LoReFT) inside language models: generating, padding, recomputing, reloading."""
+"""Methods that know positions (prefix tuning, LoReFT) in language models: generating, padding, recomputing."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_recomputing_on_a_quantized_base_then_reloading_to_train(
 
 
 def test_labels_tell_where_the_prompt_ends() -> None:
-    """LoReFT edits the same positions in training, where labels mark the answer, as in generating, where it is not there."""
+    """LoReFT edits the same positions in training, where labels mark the answer, as in generating."""
     model = adapted(llama, METHODS["loreft"])
     ids, mask = texts(rows=2)
     answer = torch.randint(3, WORDS, (2, 4))

@@ -1,4 +1,4 @@
-"""LN-tuning (arXiv 2312.11420): y = gamma' * normalize(x) + beta', with only gamma and beta trained, here as offsets."""
+"""LN-tuning (arXiv 2312.11420): y = gamma' * normalize(x) + beta', only gamma and beta trained, here as offsets."""
 
 import numpy as np
 

@@ -18,7 +18,7 @@ def gram_schmidt(M):
 
 
 def positions(real, first, last):
-    """Which positions are edited, of those that are real: min(first, n // 2) at the front, min(last, ceil(n / 2)) behind."""
+    """Which real positions are edited: min(first, n // 2) at the front, min(last, ceil(n / 2)) behind."""
     places = [place for place, is_real in enumerate(real) if is_real]
     n = len(places)
     front = min(first, n // 2)

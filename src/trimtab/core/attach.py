@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,12 @@ def kinds_of(method: Method) -> frozenset[str]:
     return method.hosts | {"raw"} if raw else method.hosts
 
 
+def dropout_of(method: Method) -> float:
+    """The dropout a method asks for, itself or in a method it is built on."""
+    values = [getattr(method, field.name) for field in dataclasses.fields(method)]
+    return max([getattr(method, "dropout", 0.0), *(dropout_of(one) for one in values if isinstance(one, Method))])
+
+
 def unfit(model: nn.Module, method: Method, place: Place) -> str | None:
     """Why a method cannot sit at a place, or None."""
     module = model.get_submodule(place.module)
@@ -129,6 +136,8 @@ def unfit(model: nn.Module, method: Method, place: Place) -> str | None:
         if not isinstance(method, WeightMethod):
             return f"{place.name} is read as a raw weight, which only a weight-space method can edit"
         layout = raw_weight(module, place)
+        if dropout_of(method):
+            return f"{place.name} is read as a raw weight, so there is no input to drop out: dropout=0 there"
         if layout.kind == "experts" and method.elastic:
             return f"{place.name} is a stack of matrices, and {type(method).__name__} picks another shape for each"
         if layout.kind == "experts" and layout.bias(module) is None and type(method).weight is WeightMethod.weight:
@@ -238,8 +247,13 @@ def commit(
             key += f":{place.part}" if place.part else ""
             stack = batches.stack_of(model, place.module) if reads_batch(part.method) else None
             install(module, place, delta, key, state, stack.path if stack else "", place.features or 0)
-            if any(isinstance(above, nn.TransformerEncoderLayer) for above in ancestors(model, place.module)):
+            above = ancestors(model, place.module)
+            if any(isinstance(outer, nn.TransformerEncoderLayer) for outer in above):
                 stand_aside(module)
+            for outer in above:
+                if isinstance(outer, nn.TransformerEncoder) and outer.use_nested_tensor:
+                    outer.use_nested_tensor = False
+                    state.padded.append(outer)
         if group is not None:
             if SHARED not in model._modules:
                 model.add_module(SHARED, nn.ModuleDict())
@@ -285,6 +299,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     if not state.adapters:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(state.frozen.get(key, parameter.requires_grad))
+        for encoder in state.padded:
+            encoder.use_nested_tensor = True
         del model.__dict__["_trimtab"]
     return model
 

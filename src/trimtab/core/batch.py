@@ -198,7 +198,7 @@ def slot_name(adapter: str, label: str) -> str:
 
 
 def follow(path: str, state: State, module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Forward pre-hook inside a stack, also run by an edited forward: what is recomputed in backward gets its own batch.
+    """Forward pre-hook inside a stack, also run by an edited forward: what is recomputed in backward gets its batch.
 
     Several batches may wait for their backward. A checkpointed module runs again on the very tensors of its first run,
     so these carry the batch.
@@ -292,7 +292,7 @@ def _join(virtual: Tensor, real: Tensor, where: str) -> Tensor:
 
 
 def _beside(need: int, total: int, where: str) -> Tensor:
-    """(total) bool: a row uses the reserved positions next to its real tokens, so distances are as without the others."""
+    """(total) bool: a row uses the reserved positions next to its real tokens, so distances are as if it were alone."""
     places = torch.arange(total)
     return places >= total - need if where == "front" else places < need
 

@@ -131,6 +131,8 @@ class State:
     prompt: Tensor | None = None
     prompt_held: bool = False
     hooks: list[Any] = field(default_factory=list)
+    padded: list[Any] = field(default_factory=list)
+    """torch's encoders that would pack padded rows into nested tensors, which no method takes; kept from it."""
 
     def row_groups(self, size: int) -> list[tuple[tuple[str, ...], list[int]]]:
         """Batch rows by the adapters they use. A batch of k·rows (beams, flattened tokens) repeats each row k times."""

@@ -91,8 +91,12 @@ def run_opaque(module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: 
 
 def delta_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """Forward hook for a module whose class cannot change: its output is already known."""
+    host = host_class(module)
     deltas: Any = module.delta
-    return deltas(args[0], OpaqueBase(module, lambda x: output, deltas.batch, (), {}, deltas.width))
+    if host is None:
+        return run_opaque(module, lambda *_, **__: output, args, kwargs)
+    y = deltas(args[0], host(module, lambda _: output, deltas.batch))
+    return y.movedim(-1, 1) if isinstance(module, nn.modules.conv._ConvNd) else y
 
 
 # ------------------------------------------------------------------------------------------------- weight replaced

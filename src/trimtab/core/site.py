@@ -205,7 +205,7 @@ class OpaqueBase(ModuleBase):
 
 
 class RawBase(Base):
-    """A bare weight and bias (attention's in_proj_weight, a norm, experts' stacked matrices): it is read, not called."""
+    """A bare weight and bias (attention's in_proj_weight, a norm, experts' stacked matrices): read, not called."""
 
     __slots__ = ("_bias", "_weight")
 

@@ -31,8 +31,9 @@ from typing import Any
 
 from trimtab.core.attach import Attachable
 from trimtab.laws import distributed, function, numbers, paper, running, state
-from trimtab.laws.case import Broken, Case, NotApplicable, Storage, cases, registered, small, storages
+from trimtab.laws.case import Case, Storage, cases, registered, small, storages
 from trimtab.laws.hosts import Host, zoo
+from trimtab.laws.judging import Broken, NotApplicable
 from trimtab.laws.law import LAWS, Law, Verdict
 
 __all__ = [
@@ -71,7 +72,8 @@ def check(
     """Check every law on every fitting host and storage; `[v for v in check(m) if not v]` are the faults.
 
     The method's settings must suit tiny hosts: `small(method)` makes them so. `oracle` is its equation in NumPy, as
-    `trimtab.laws.paper` says; without one the oracle law is broken. `slow` adds what takes seconds: compiling whole models, starting processes.
+    `trimtab.laws.paper` says; without one the oracle law is broken. `slow` adds what takes seconds: compiling whole
+    models, starting processes.
     """
     return [law.verdict(case) for law, case in work(method, hosts, storages, oracle, slow=slow)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,25 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import Attachable, attach, plan, reads_batch
-from trimtab.core.delta import Delta, edited_modules
+from trimtab.core.attach import Attachable, attach, plan, reads_batch, site_at
+from trimtab.core.delta import State
 from trimtab.core.format import Format
-from trimtab.core.install import RawDeltas
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
-from trimtab.core.quantized import quantize, quantize_module, quantized_modules
+from trimtab.core.quantized import quantize, quantize_module
 from trimtab.core.registry import find, name_of, names
 from trimtab.laws.hosts import ROWS, Host, zoo
+from trimtab.laws.judging import move
 
 LIMIT = 4
 """The largest integer setting on a tiny host."""
-
-
-class Broken(AssertionError):
-    """A law does not hold; the message says by how much."""
-
-
-class NotApplicable(Exception):
-    """A law says nothing about this method on this host; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +140,7 @@ class Case:
     ) -> nn.Module:
         """Attach the method where it goes on this host."""
         measured = statistics(self.method, self.host)
-        return attach(
-            model, self.method, self.host.where, name=name, seed=seed, dtype=dtype, statistics=measured
-        )
+        return attach(model, self.method, self.host.where, name=name, seed=seed, dtype=dtype, statistics=measured)
 
     def attached(self, moved: bool = True) -> nn.Module:
         """A fresh host with the method on it, its tensors moved off their start unless told otherwise."""
@@ -229,78 +219,6 @@ def statistics(method: Attachable, host: Host) -> Mapping[str, Tensor]:
     return _statistics(method, host) if any(one.statistics for one in methods_in(method)) else {}
 
 
-# ------------------------------------------------------------------------------------------------- looking at models
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that ask for a gradient, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def move(model: nn.Module, seed: int = 3, scale: float = 0.15) -> nn.Module:
-    """Every trained tensor moved by noise, so that nothing is zero by design any more; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainable(model).values():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_((scale * noise).to(parameter.dtype))
-    return model
-
-
-def deltas(model: nn.Module) -> Iterator[Delta]:
-    """Every delta of a model."""
-    for _, module in edited_modules(model):
-        yield from module.delta.values()  # type: ignore[union-attr,operator]
-
-
-def reads_raw(model: nn.Module) -> bool:
-    """Whether some site of a model is edited as a raw weight."""
-    return any(isinstance(module.delta, RawDeltas) for _, module in edited_modules(model))
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of everything in the state dict that is not an adapter's."""
-    return {
-        name: value.detach().clone()
-        for name, value in model.state_dict().items()
-        if ".delta." not in f".{name}" and not name.startswith("trimtab_shared.")
-    }
-
-
-def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
-    """Equal names, types and bits, else `Broken`."""
-    if list(one) != list(other):
-        raise Broken(f"{what}: names differ: {sorted(set(one) ^ set(other)) or 'only in their order'}")
-    changed = [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
-    if changed:
-        raise Broken(f"{what}: {', '.join(changed[:4])} changed")
-
-
-def close(found: Tensor, expected: Tensor, rtol: float, what: str) -> None:
-    """Equal within rtol of the largest expected magnitude, else `Broken`."""
-    if found.shape != expected.shape:
-        raise Broken(f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
-    size = float(expected.detach().abs().max()) if expected.numel() else 0.0
-    off = float((found.detach().double() - expected.detach().double()).abs().max()) if expected.numel() else 0.0
-    if not off <= rtol * max(size, 1e-30):
-        raise Broken(f"{what}: off by {off:.3g}, {off / max(size, 1e-30):.3g} of the largest value; allowed {rtol:.3g}")
-
-
-def require(holds: bool, what: str) -> None:
-    """`Broken` unless it holds."""
-    if not holds:
-        raise Broken(what)
-
-
-def codes(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the encoded tensors of a model."""
-    return {
-        f"{path}.{name}": tensor.detach().clone()
-        for path, module in quantized_modules(model)
-        for name, tensor in module.code.tensors().items()  # type: ignore[union-attr,operator]
-    }
-
-
 def cases(
     method: Attachable, hosts: Iterable[Host] | None = None, formats: Iterable[Storage] | None = None
 ) -> list[Case]:
@@ -317,9 +235,6 @@ def registered() -> dict[str, Method]:
 
 def sites_of(case: Case, model: nn.Module) -> list[Any]:
     """The sites a method would get on a fresh model, part by part."""
-    from trimtab.core.attach import site_at
-    from trimtab.core.delta import State
-
     return [
         (part.method, [site_at(model, State(), place, index) for index, place in enumerate(part.places)])
         for part in plan(model, case.method, case.host.where)

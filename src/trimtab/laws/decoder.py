@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.utils.checkpoint
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 
@@ -36,7 +36,7 @@ class Cache:
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float = 100.0) -> Tensor:
-    """Rotary embedding of x (rows, heads, positions, head): channel i turns with i + head/2, by position·theta^(-2i/head)."""
+    """Rotary embedding of x (rows, heads, positions, size): i turns with i + size/2, by position·theta^(-2i/size)."""
     half = x.shape[-1] // 2
     speed = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = (positions[:, None, :, None].double() * speed).to(x.dtype)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from trimtab.core.attach import Attachable
 from trimtab.core.save import adapter_tensors, load, save
-from trimtab.laws.case import Case, close, require, storages, trainable
+from trimtab.laws.case import Case, storages
 from trimtab.laws.hosts import zoo
+from trimtab.laws.judging import close, require, trainable
 from trimtab.laws.law import law
 from trimtab.laws.running import gradients, loss_of, same_gradients
 
@@ -100,7 +101,8 @@ def sharded(case: Case, rank: int, folder: Path) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     loss_of(case.run(model, part(case.inputs(), rank))).backward()
-    found = {name: one.grad.full_tensor() for name, one in trainable(model).items() if one.grad is not None}
+    grads: dict[str, Any] = {name: one.grad for name, one in trainable(model).items() if one.grad is not None}
+    found = {name: grad.full_tensor() for name, grad in grads.items()}
     same_gradients(found, reference, max(RTOL, 8 * case.storage.eps), "gradients")
     torch.optim.SGD(trainable(model).values(), lr=0.1).step()
     save(model, folder)

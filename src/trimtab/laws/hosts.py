@@ -31,13 +31,13 @@ class Host:
 
     name: str
     kind: str
-    """linear, embedding, conv, norm, raw, opaque, or `model`: a language model, where a method takes its own `where`."""
+    """linear, embedding, conv, norm, raw, experts, opaque; or `model`, with the method's own `where`."""
     build: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
     where: str | None = None
     """Sites, in the `where` language; None takes the method's default ones."""
     coded: Sequence[str] = ()
-    """Paths of the layers a storage format is put on; `all-linear` for all of them; none means floating storage only."""
+    """Paths of the layers a storage format is put on, or `all-linear`; none means floating storage only."""
     output: Callable[[Any], Tensor] = lambda result: result
     """What a forward returns, as one tensor."""
     thorough: bool = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from trimtab.laws.case import FP32, Broken, Case, NotApplicable, excuses
+from trimtab.laws.case import FP32, Case, excuses
+from trimtab.laws.judging import Broken, NotApplicable
 
 LAWS: list[Law] = []
 """All laws in order."""

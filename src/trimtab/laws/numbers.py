@@ -19,8 +19,9 @@ from trimtab.core.method import WeightMethod
 from trimtab.core.quantized import Code, dequantize
 from trimtab.core.select import Place
 from trimtab.core.site import Site
-from trimtab.laws.case import Case, close, codes, excuses, move, require, same_bits, sites_of, trainable
+from trimtab.laws.case import Case, excuses, sites_of
 from trimtab.laws.hosts import TOKENS, Alone, Host
+from trimtab.laws.judging import close, codes, move, require, same_bits, trainable
 from trimtab.laws.law import law
 
 
@@ -69,7 +70,9 @@ def quantized(case: Case) -> None:
     close(outputs[0], outputs[1], 1e-5, "output on codes")
     for name, parameter in trainable(model).items():
         grad = parameter.grad
-        require(grad is not None and bool(torch.isfinite(grad).all()), f"the gradient of {name} is missing or not finite")
+        require(
+            grad is not None and bool(torch.isfinite(grad).all()), f"the gradient of {name} is missing or not finite"
+        )
         close(grad, trainable(twin)[name].grad, 1e-4, f"gradient of {name} on codes")  # type: ignore[arg-type]
     if "merge" not in excuses(case.method):
         with torch.no_grad():
@@ -106,7 +109,7 @@ def can_fold(model: nn.Module) -> bool:
     offers = []
     for _, module in edited_modules(model):
         code: Any = module._modules.get("code")
-        for delta in module.delta.values():  # type: ignore[union-attr,operator]
+        for delta in module.delta.values():  # type: ignore[operator]
             if code is not None:
                 method: Any = delta.method
                 whole = delta.rows is None and isinstance(method, WeightMethod)

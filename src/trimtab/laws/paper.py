@@ -9,9 +9,9 @@ one-hot, a convolution's is patches. `p` holds the method's tensors by name, nes
 all sites share. `context` has `kind`, `role`, `h` (the frozen output for x), `prompt` (rows, positions) bool, and for
 norms `eps` and `centered`; a hidden-space method at an opaque site gets W = None.
 
-For the input space the equation is one of an attention, so the site is one: x (rows, positions, width) are its inputs,
-`W`, `b` and `p` are dicts by role (q, k, v, o), y is its output, and `context` has `heads`, `key_heads`, `theta` (rotary
-base) and `mask` (rows, positions).
+For the input space the equation is one of an attention, so the site is one: x (rows, positions, width) is its input,
+`W`, `b` and `p` are dicts by role (q, k, v, o), y is its output, and `context` has `heads`, `key_heads`, `theta` (for
+rotary positions) and `mask` (rows, positions).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from trimtab.core.method import InputMethod
 from trimtab.core.save import deltas_of
 from trimtab.core.select import Place
 from trimtab.core.site import kind_of
-from trimtab.laws.case import FP64, Broken, Case, NotApplicable, close, methods_in, require, title
+from trimtab.laws.case import FP64, Case, methods_in, title
+from trimtab.laws.judging import Broken, NotApplicable, close, require
 from trimtab.laws.law import law
 
 ACCURACY = 1e-10
@@ -139,7 +140,7 @@ def attention(
     if not modules or not all(hasattr(module, "key_heads") for module in modules.values()):
         raise NotApplicable("the oracle of an input method is written for the laws' own decoder")
     handles = [
-        module.register_forward_hook(lambda m, args, y, path=path: seen.update({path: (args[0], y)}))  # type: ignore[misc]
+        module.register_forward_hook(lambda m, args, y, path=path: seen.update({path: (args[0], y)}))
         for path, module in modules.items()
     ]
     with torch.no_grad():
@@ -161,7 +162,14 @@ def attention(
 
 
 def compare(
-    case: Case, x: Tensor, W: Tensor | None, b: Tensor | None, p: dict[str, Any], context: dict[str, Any], y: Tensor, at: str
+    case: Case,
+    x: Tensor,
+    W: Tensor | None,
+    b: Tensor | None,
+    p: dict[str, Any],
+    context: dict[str, Any],
+    y: Tensor,
+    at: str,
 ) -> None:
     """One site against the oracle."""
     assert case.oracle is not None
@@ -223,7 +231,9 @@ def docstring(case: Case) -> None:
         problems.append(None if said else f"it does not say that it is {word}")
         named = re.findall(r"\b\d{4}\.\d{4,5}\b", text)
         problems.append(
-            None if not cls.paper or cls.paper in named else f"arXiv {cls.paper} is its `paper`; the docstring has {named}"
+            None
+            if not cls.paper or cls.paper in named
+            else f"arXiv {cls.paper} is its `paper`; the docstring has {named}"
         )
         found = [problem for problem in problems if problem]
         require(not found, f"{cls.__name__}: " + "; ".join(found))

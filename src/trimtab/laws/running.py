@@ -9,7 +9,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from trimtab.laws.case import Case, close, require, trainable
+from trimtab.laws.case import Case
+from trimtab.laws.judging import close, require, trainable
 from trimtab.laws.law import law
 
 BACKEND = "aot_eager"
@@ -76,7 +77,7 @@ def checkpointing(case: Case) -> None:
 
 
 def takes_seconds(case: Case) -> bool:
-    """Whether compiling a case is left to the slow run: a whole model, a slice, a format elsewhere than on one layer."""
+    """Whether compiling a case is left to the slow run: a whole model, a slice, a format but on one layer."""
     usual = case.storage.name == "fp32" and case.host.name != "slice"
     return case.oversized or not (usual or (case.storage.name == "nf4" and case.host.name == "linear"))
 

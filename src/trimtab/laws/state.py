@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from trimtab.core.attach import activate, attach, detach
 from trimtab.core.errors import UserError
 from trimtab.core.save import RECORD, TENSORS, adapter_tensors, load, save
-from trimtab.laws.case import Broken, Case, bits, close, deltas, methods_in, move, require, same_bits
-from trimtab.laws.case import statistics, trainable
+from trimtab.laws.case import Case, methods_in, statistics
+from trimtab.laws.judging import Broken, bits, close, deltas, move, require, same_bits, trainable
 from trimtab.laws.law import law
 
 MEMORY = "/dev/shm"
@@ -83,7 +83,7 @@ def detaches(case: Case) -> None:
 def shape_of(model: nn.Module) -> dict[str, Any]:
     """Class, attribute names, children and hooks of every module."""
     return {
-        path: (type(module), sorted(vars(module)), list(module._modules), hooks(module))
+        path: (type(module), sorted(vars(module)), [name for name, _ in module.named_children()], hooks(module))
         for path, module in model.named_modules()
     }
 
@@ -95,7 +95,7 @@ def hooks(module: nn.Module) -> int:
 
 @law(5, "save", storages="every")
 def saves(case: Case) -> None:
-    """A saved adapter holds its own tensors only and loads bit for bit; every mismatch is named, nothing changed then."""
+    """A saved adapter holds its own tensors only and loads bit for bit; a file that does not fit is refused in full."""
     model = case.attached()
     with torch.no_grad():
         output = case.run(model)
@@ -144,7 +144,9 @@ def faults(stored: dict[str, Tensor], elastic: frozenset[str]) -> list[Callable[
     return [lack_and_add, misshape] if firm else [lack_and_add]
 
 
-def refused(case: Case, folder: Path, stored: dict[str, Tensor], wrong: Callable[[dict[str, Tensor]], list[str]]) -> None:
+def refused(
+    case: Case, folder: Path, stored: dict[str, Tensor], wrong: Callable[[dict[str, Tensor]], list[str]]
+) -> None:
     """Loading a damaged file raises one error that names everything, and changes nothing."""
     from safetensors.torch import save as to_bytes
 
@@ -184,13 +186,15 @@ def deterministic(case: Case) -> None:
     activate(behind, None)
     case.attach(behind)
     same_bits(adapter_tensors(behind, "default"), one, "start when attached second")
-    seeds = adapter_tensors(case.attach(case.model(), seed=1), "default")
-    drawn = [key for key in one if not torch.equal(one[key], seeds[key])]
-    sites = {key.rsplit(".", 1)[0] for key in drawn}
-    values = [one[key] for key in drawn if not torch.equal(one[key], torch.zeros_like(one[key]))]
-    twins = [a for n, a in enumerate(values) for b in values[:n] if a.shape == b.shape and torch.equal(a, b)]
-    require(not twins, f"several of {sorted(sites)[:4]} start from the same draw")
+    drawn = {key: value for key, value in one.items() if value.is_floating_point() and varies(value)}
+    twins = [(a, b) for a in drawn for b in drawn if a < b and torch.equal(drawn[a], drawn[b])]
+    require(not twins, f"{twins[:2]} start from the same draw")
     alone(case, one)
+
+
+def varies(value: Tensor) -> bool:
+    """Whether a tensor is more than one constant."""
+    return value.numel() > 1 and bool((value != value.flatten()[0]).any())
 
 
 def alone(case: Case, one: dict[str, Tensor]) -> None:
@@ -226,5 +230,3 @@ def copies(case: Case) -> None:
             detach(twin)
             close(case.run(twin), case.run(case.model()), 0, f"{how}, detached")
             close(case.run(model), output, 0, f"the model after detaching its {how}")
-
-
