@@ -43,10 +43,12 @@ static: $(INSTALLED)
 	$(BIN)/lint-imports --no-logo
 
 check: static
-	$(BIN)/pytest -n $(WORKERS) -m "not slow" --doctest-modules tests src
+	$(BIN)/pytest -q --doctest-modules src
+	$(BIN)/pytest -n $(WORKERS) -m "not slow" tests
 
 test: static
-	$(BIN)/pytest -n $(WORKERS) --doctest-modules tests src
+	$(BIN)/pytest -q --doctest-modules src
+	$(BIN)/pytest -n $(WORKERS) tests
 
 snapshots: $(INSTALLED)
 	$(BIN)/pytest tests/test_public_surface.py --update-snapshots -k test_snapshot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ NAME = "smollm2-135m-instruct"
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("TRIMTAB_REAL"), reason="minutes of training: TRIMTAB_REAL=1 asks for it")
 @pytest.mark.skipif(not (home() / "models" / NAME / RECORD).is_file(), reason=f"`trimtab models {NAME} --fetch` first")
 def test_quickstart_teaches_the_starter_to_write_records(
     trimtab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

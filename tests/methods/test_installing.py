@@ -314,6 +314,10 @@ def test_experts(kind: str, method: Any, tmp_path: Path) -> None:
     for name, one in trained.items():
         assert one.grad is not None, name
         assert one.shape[0] == 4, name
+        if isinstance(method, tt.LoRA):
+            sizes = {"A": (3, 20 if "down" in name else 24), "B": (24 if "down" in name else 40, 3)}
+            halved = {"A": sizes["A"], "B": (20, 3)} if ":" in name else sizes
+            assert one.shape[1:] == halved[name[-1]], name
         assert bool(one.grad.any()), name
     tt.save(model, tmp_path)
     torch.manual_seed(0)
