@@ -23,6 +23,7 @@ INSTALL_TORCH := $(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 
 
 # Tests reach no model hub, and run as several processes of one thread each.
 check test snapshots: export HF_HUB_OFFLINE := 1
+check test snapshots: export SETUPTOOLS_USE_DISTUTILS := stdlib
 check test snapshots: export OMP_NUM_THREADS := 1
 check test snapshots: export TOKENIZERS_PARALLELISM := false
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Set before anything imports torch or transformers: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Inductor asks distutils for a compiler; setuptools refuses to stand in for it once the standard one is imported.
+os.environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")

@@ -93,6 +93,7 @@ def described(name: str, thing: Any) -> Iterator[str]:
 def public_surface() -> str:
     """Everything `trimtab` exports by name, then its methods, its storage formats and its presets."""
     trimtab = importlib.import_module("trimtab")
+    importlib.import_module("trimtab.methods")  # from here on the callable package stands under its name
     registry = importlib.import_module("trimtab.core.registry")
     presets = importlib.import_module("trimtab.presets")
     sections = {

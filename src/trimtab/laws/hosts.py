@@ -206,7 +206,7 @@ def zoo() -> tuple[Host, ...]:
         Host("linear", "linear", lambda: Alone(nn.Linear(24, 20)), hidden, "layer", layer, thorough=True),
         Host("unbiased", "linear", lambda: Alone(nn.Linear(24, 20, bias=False)), hidden, "layer", layer),
         Host("conv1d", "linear", lambda: Alone(conv1d()), hidden, "layer", layer),
-        Host("slice", "linear", lambda: Alone(FusedAttention()), hidden, "k", ("layer.c_attn",), thorough=True),
+        Host("slice", "linear", lambda: Alone(FusedAttention()), hidden, "v", ("layer.c_attn",), thorough=True),
         Host("embedding", "embedding", lambda: Alone(nn.Embedding(29, 24)), ids, "layer", thorough=True),
         Host("conv2d", "conv", lambda: Alone(nn.Conv2d(4, 20, 3, padding=1)), image, "layer", thorough=True),
         Host("grouped", "conv", lambda: Alone(nn.Conv2d(4, 20, 3, padding=1, groups=2)), image, "layer"),
