@@ -139,7 +139,16 @@ def commands(command: click.Command, path: str, context: click.Context | None = 
 
 
 def command_line() -> str:
-    return "\n".join(commands(importlib.import_module("trimtab.cli.main").cli, "trimtab"))
+    # A command that ran in this process has taken on the flags of its method, so these are fresh modules.
+    used = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("trimtab.cli")}
+    try:
+        return "\n".join(commands(importlib.import_module("trimtab.cli.main").cli, "trimtab"))
+    finally:
+        for name in [name for name in sys.modules if name.startswith("trimtab.cli")]:
+            del sys.modules[name]
+        sys.modules.update(used)
+        if "trimtab.cli" in used:
+            sys.modules["trimtab"].cli = used["trimtab.cli"]
 
 
 @pytest.mark.parametrize(("name", "make"), [("public_api.txt", public_surface), ("command_line.txt", command_line)])
