@@ -92,7 +92,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
-        "note": "SmolLM2 is dequantized from Q4_1, not the original; other work ran on the machine, so speeds are low",
+        "note": "SmolLM2 is dequantized from Q4_1, not the original",
     }
     with tempfile.TemporaryDirectory() as folder:
         if asked.only != "sst2":
