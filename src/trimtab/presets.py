@@ -16,6 +16,11 @@ def HoulsbyNorm(bottleneck: int = 64) -> tuple[Placed, ...]:
     return (find("houlsby")(bottleneck=bottleneck).at("attn, ffn"), find("ln_tuning")().at("norm"))
 
 
+def RsLoRA(rank: int = 64, alpha: float = 16.0, dropout: float = 0.0) -> object:
+    """LoRA scaled by alpha / √rank, so that a large rank learns as fast as a small one (arXiv 2312.03732)."""
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, rank_power=0.5)
+
+
 def PTuningV2(length: int = 20) -> object:
     """Prefix tuning without the reparametrization (arXiv 2110.07602)."""
     return find("prefix_tuning")(length=length, hidden=None)

@@ -349,3 +349,15 @@ def test_tune_json_is_one_document(trimtab: Run, chat_model: Path, prompts: Path
     assert found["record"] == json.loads((tmp_path / "run" / "run.json").read_text())
     again = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert again["steps"] == 2
+
+
+def test_resume_takes_no_other_flags(trimtab: Run, tmp_path: Path) -> None:
+    found = trimtab("tune", "--resume", tmp_path, "--rank", "4")
+    assert found.code == 2
+    assert "--rank" in found.err
+
+
+def test_resume_of_what_is_no_run_names_what_is_missing(trimtab: Run, tmp_path: Path) -> None:
+    found = trimtab("tune", "--resume", tmp_path)
+    assert found.code == 2
+    assert "recipe.yaml" in found.err

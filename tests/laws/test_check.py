@@ -81,7 +81,8 @@ def test_small_settings_are_made_by_one_rule() -> None:
     assert laws.small(tt.DoRA(rank=64)).inner.rank == 4
     assert laws.small(tt.PrefixTuning(hidden=None)).hidden is None
     assert [one.where for one in laws.small(tt.HoulsbyNorm())] == ["attn, ffn", "norm"]
-    assert laws.small(tt.LoRA(rank=2)) == tt.LoRA(rank=2)
+    assert laws.small(tt.LoRA(rank=2, alpha=4.0)) == tt.LoRA(rank=2, alpha=4.0)
+    assert laws.small(tt.LoRA(rank=2)).alpha == 4.0
 
 
 # ---------------------------------------------------------------------------- each breaks one law, at least

@@ -64,3 +64,10 @@ def test_ids_are_not_dropped() -> None:
     model = moved(tt.attach(nn.Sequential(nn.Embedding(9, 6)), tt.LoRA(rank=2, dropout=0.5), "0")).train()
     ids = torch.arange(9)
     assert torch.equal(model(ids), model(ids))
+
+
+def test_what_is_attached_to_a_model_in_eval_mode_is_in_eval_mode() -> None:
+    """A model fresh from disk is in eval mode: an adapter loaded onto it must not drop anything."""
+    model = moved(tt.attach(nn.Sequential(nn.Linear(24, 20)).eval(), tt.LoRA(rank=3, dropout=0.5), "0"))
+    x = torch.randn(2, 5, 24)
+    assert torch.equal(model(x), model(x))

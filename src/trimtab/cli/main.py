@@ -87,8 +87,8 @@ class Root(click.Group):
             sys.exit(complain(error.format_message(), where, machine))
         except click.ClickException as error:
             sys.exit(complain(error.format_message(), None, machine))
-        except (click.Abort, KeyboardInterrupt):
-            click.echo("interrupted", err=True)
+        except (click.Abort, KeyboardInterrupt) as stop:
+            click.echo(str(stop) or "interrupted", err=True)
             sys.exit(INTERRUPTED)
         except OSError as error:
             if error.errno not in FULL_DISK:

@@ -39,7 +39,7 @@ class PlainReporter(QuietReporter):
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.steps = 0
+        self.steps = self.behind = 0
         self.loss: float | None = None
         self.started = time.perf_counter()
         self.shown = 0
@@ -58,8 +58,8 @@ class PlainReporter(QuietReporter):
     def evaluated(self, when: str, metrics: Mapping[str, Any]) -> None:
         self.line(f"  held out, {when} training: {measures(metrics)}")
 
-    def start(self, steps: int, rows: int) -> None:
-        self.steps, self.started, self.shown = steps, time.perf_counter(), 0
+    def start(self, steps: int, rows: int, done: tuple[int, int] = (0, 0)) -> None:
+        self.steps, self.started, self.shown, self.behind = steps, time.perf_counter(), 0, done[0]
         self.line(f"training: {steps:,} steps")
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ class PlainReporter(QuietReporter):
     def state(self, metrics: Mapping[str, Any]) -> str:
         """Loss, speed and what is left, of the running training."""
         passed = time.perf_counter() - self.started
-        left = passed / metrics["step"] * (self.steps - metrics["step"])
+        left = passed / max(1, metrics["step"] - self.behind) * (self.steps - metrics["step"])
         return f"loss {self.loss:.3f}  {metrics['rows_per_second']:.3g} rows/s  {duration(left)} left"
 
 
@@ -100,11 +100,11 @@ class LiveReporter(PlainReporter):
         self.stop()
         super().stage(click.style(text, dim=True))
 
-    def start(self, steps: int, rows: int) -> None:
+    def start(self, steps: int, rows: int, done: tuple[int, int] = (0, 0)) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self.steps, self.started = steps, time.perf_counter()
+        self.steps, self.started, self.behind = steps, time.perf_counter(), done[0]
         console = Console(file=self.stream)
         self.progress = Progress(
             TextColumn("training"),

@@ -206,31 +206,38 @@ def merged(recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
 @click.command(cls=Tune, name="tune", short_help="Train an adapter.", options_metavar="[FLAGS]")
 @click.argument("recipe", required=False, metavar="[RECIPE.yaml]")
+@click.option("--resume", metavar="RUN_DIR", help="Go on with a run that was stopped or killed.")
 @click.pass_context
-def command(ctx: click.Context, recipe: str | None) -> dict[str, Any]:
+def command(ctx: click.Context, recipe: str | None, resume: str | None) -> dict[str, Any]:
     """Train an adapter from a model and a data file; flags override the recipe file.
 
     \b
         trimtab tune --model smollm2-135m-instruct --data rows.jsonl --method lora --rank 16
         trimtab tune recipe.yaml --learning-rate 2e-4
+        trimtab tune --resume runs/smollm2-135m-instruct-lora-1
     """
-    chosen = recipe_from(merged(recipe, ctx.meta[FLAGS]))
-    result = run(chosen)
+    given = [name for name, value in ctx.meta[FLAGS].items() if value is not None]
+    if resume and (recipe or given):
+        idle = listing(spelled(dict.fromkeys(given)) or [str(recipe)])
+        raise UserError(
+            f"--resume takes the recipe of the run; {idle} cannot change it", fix=f"trimtab tune --resume {resume}"
+        )
+    result = run(Path(resume) if resume else recipe_from(merged(recipe, ctx.meta[FLAGS])))
     say("\n" + summary(result))
     return document(result)
 
 
-def run(recipe: Recipe) -> Result:
-    """Train, with the progress that suits the running command."""
+def run(what: Recipe | Path) -> Result:
+    """Train by a recipe, or go on with a run directory, with the progress that suits the running command."""
     from trimtab.cli.progress import reporter
 
     shown = reporter()
     try:
         from trimtab.models.starters import quiet_transformers
-        from trimtab.train.run import tune
+        from trimtab.train.run import resume, tune
 
         with quiet_transformers():
-            return tune(recipe, shown)
+            return resume(what, shown) if isinstance(what, Path) else tune(what, shown)
     finally:
         shown.close()
 

@@ -246,6 +246,7 @@ def commit(
             key += f"/{place.parameter}" if place.parameter else ""
             key += f":{place.part}" if place.part else ""
             stack = batches.stack_of(model, place.module) if reads_batch(part.method) else None
+            delta.train(module.training)
             install(module, place, delta, key, state, stack.path if stack else "", place.features or 0)
             above = ancestors(model, place.module)
             if any(isinstance(outer, nn.TransformerEncoderLayer) for outer in above):

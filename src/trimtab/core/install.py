@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.batch import follow
-from trimtab.core.delta import Delta, Deltas, State
+from trimtab.core.delta import Cast, Delta, Deltas, State
 from trimtab.core.errors import UserError
 from trimtab.core.select import Place
 from trimtab.core.site import (
@@ -193,18 +193,19 @@ def edit_raw(delta: Delta, W: Tensor, b: Tensor | None, layout: RawWeight) -> tu
     fields = dict(delta.named_parameters()) | dict(delta.named_buffers())
     fields = {key: value.to(W.dtype) if value.is_floating_point() else value for key, value in fields.items()}
     method: Any = delta.method
-    part = torch.func.vmap(lambda w, p: method.weight(w, Fields(p)))(W[:, start:stop], fields)
+    shared = Cast(delta, W.dtype).shared
+    part = torch.func.vmap(lambda w, p: method.weight(w, Fields(p, shared)))(W[:, start:stop], fields)
     if b is not None:
-        c = torch.func.vmap(lambda c, p: method.bias(c, Fields(p)))(b[:, start:stop], fields)
+        c = torch.func.vmap(lambda c, p: method.bias(c, Fields(p, shared)))(b[:, start:stop], fields)
         b = splice(b, c, start, stop, dim=1)
     return splice(W, part, start, stop, dim=1), b
 
 
 class Fields:
-    """Tensors by dotted name, read by attribute as a Group is."""
+    """Tensors by dotted name, read by attribute as a Group is; `shared` is what all sites use together."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: dict[str, Tensor], shared: Any = None) -> None:
+        self._tensors, self.shared = tensors, shared
 
     def __getattr__(self, name: str) -> Any:
         if name in self._tensors:
@@ -212,7 +213,7 @@ class Fields:
         inner = {key[len(name) + 1 :]: value for key, value in self._tensors.items() if key.startswith(name + ".")}
         if not inner:
             raise AttributeError(name)
-        return Fields(inner)
+        return Fields(inner, self.shared)
 
 
 def edited_weights(cls: type, names: tuple[str, ...]) -> dict[str, Any]:

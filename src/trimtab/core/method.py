@@ -76,7 +76,7 @@ class Method(ABC):
         return None
 
     def on_step(self, p: Any, step: int) -> None:
-        """Called after each optimizer step (re-masking, re-allocation); nothing by default."""
+        """Called after each optimizer step, its gradients still there (re-allocation); nothing by default."""
         return None
 
     def rate(self, width: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trimtab.core.batch import prompts
 from trimtab.data.batches import IGNORED, token_count
@@ -18,31 +19,40 @@ from trimtab.data.packing import Pack
 def loss_sum(model: nn.Module, batch: dict[str, Tensor] | Pack, task: str) -> tuple[Tensor, Tensor]:
     """(summed loss, outputs) of one batch; divide by the number of trained terms of the whole step.
 
-    causal: -Σ log p(token | before) over trained tokens, outputs (terms, vocabulary); classify: -Σ log p(class),
-    outputs (rows, classes); regress: Σ (y − ŷ)², outputs (rows,). A pack is causal, and its model runs inside
+    causal: -Σ log p(token | before) over trained tokens, outputs none; classify: -Σ log p(class), outputs
+    (rows, classes); regress: Σ (y − ŷ)², outputs (rows,). A pack is causal, and its model runs inside
     `trimtab.engine.attention.segments_in`.
     """
     if isinstance(batch, Pack):
-        with only_positions(model, (0, batch.sources)) as picked:
-            logits = model(
-                input_ids=batch.ids, position_ids=batch.positions, segments=batch.segments, use_cache=False
-            ).logits
-        logits = logits if picked else logits[0, batch.sources]
-        each = F.cross_entropy(logits.float(), batch.targets, reduction="none")
-        return each @ batch.weights, logits
+        inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "segments": batch.segments}
+        return causal_loss(model, inputs, (0, batch.sources), batch.targets, batch.weights)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
     if task == "causal":
         keep = F.pad(labels[:, 1:] != IGNORED, (0, 1))
-        with prompts(model, labels), only_positions(model, keep) as picked:
-            logits = model(**inputs, use_cache=False).logits
-        logits = logits if picked else logits[keep]
-        return F.cross_entropy(logits.float(), labels[:, 1:][keep[:, :-1]], reduction="sum"), logits
+        with prompts(model, labels):
+            return causal_loss(model, inputs, keep, labels[:, 1:][keep[:, :-1]], None)
     logits = model(**inputs).logits
     if task == "regress":
         values = logits.squeeze(-1).float()
         return F.mse_loss(values, labels.float(), reduction="sum"), values
     return F.cross_entropy(logits.float(), labels, reduction="sum"), logits
+
+
+def causal_loss(
+    model: nn.Module, inputs: dict[str, Any], keep: Any, targets: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """-Σ weight·log p(target) at the positions that `keep` indexes, chunk by chunk where the output matrix allows."""
+    if not ends_with_head(model):
+        with only_positions(model, keep) as picked:
+            logits = model(**inputs, use_cache=False).logits
+        logits = logits if picked else logits[keep]
+        each = F.cross_entropy(logits.float(), targets, reduction="none")
+        return each.sum() if weights is None else each @ weights, logits.new_empty(0)
+    with hidden_only(model, keep) as found:
+        model(**inputs, use_cache=False)
+    loss = chunked_cross_entropy(found[0], model.get_output_embeddings(), targets, weights)  # type: ignore[operator]
+    return loss, loss.new_empty(0)
 
 
 def terms_of(batch: dict[str, Tensor] | Pack) -> int:
@@ -69,5 +79,131 @@ def only_positions(model: nn.Module, keep: Any) -> Iterator[bool]:
     handle = head.register_forward_pre_hook(lambda module, args: (args[0][keep], *args[1:]))
     try:
         yield True
+    finally:
+        handle.remove()
+
+
+CHUNK = 128
+"""Positions whose logits exist at a time."""
+
+
+def chunked_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """-Σ weight·log p(target) of `head(hidden)`, hidden (terms, width), with its gradient taken chunk by chunk.
+
+    Never more than `CHUNK` rows of logits exist: the loss is a sum, so a chunk has its gradient as soon as its loss,
+    and it goes back through the head at once.
+    """
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if not torch.is_grad_enabled():
+        return sum_of(head, hidden, targets, weights)
+    return _Chunked.apply(head, targets, weights, len(trained), hidden, *trained)
+
+
+def sum_of(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """The loss alone."""
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for at in range(0, len(targets), CHUNK):
+        here = slice(at, at + CHUNK)
+        each = F.cross_entropy(head(hidden[here]).float(), targets[here], reduction="none")
+        total += each.sum() if weights is None else each @ weights[here]
+    return total
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: nn.Module,
+        targets: Tensor,
+        weights: Tensor | None,
+        count: int,
+        hidden: Tensor,
+        *trained: Tensor,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        wanted = [ctx.needs_input_grad[4], *(True for _ in trained)]
+        sums = [torch.zeros_like(one) if asked else None for one, asked in zip((hidden, *trained), wanted, strict=True)]
+        for at in range(0, len(targets), CHUNK):
+            here = slice(at, at + CHUNK)
+            rows = hidden[here].detach().requires_grad_(wanted[0])
+            with torch.enable_grad():
+                logits = head(rows)
+            x, goal = logits.detach().float(), targets[here, None]
+            top, where = x.max(1, keepdim=True)
+            p = x.softmax(1)
+            each = (top - x.gather(1, goal)) - p.gather(
+                1, where
+            ).log()  # (terms, 1); the largest p is 1 / Σ exp(x - top)
+            p.scatter_add_(1, goal, p.new_full(goal.shape, -1.0))
+            if weights is not None:
+                each, p = each * weights[here, None], p.mul_(weights[here, None])
+            total += each.sum()
+            asked = [one for one, want in zip((rows, *trained), wanted, strict=True) if want]
+            if not asked or not logits.requires_grad:
+                continue
+            found = iter(torch.autograd.grad(logits, asked, p.to(logits.dtype), allow_unused=True))
+            for index, total_of in enumerate(sums):
+                part = next(found) if total_of is not None else None
+                if part is not None and index == 0:
+                    total_of[here] = part  # type: ignore[index]
+                elif part is not None:
+                    total_of += part  # type: ignore[operator]
+        ctx.save_for_backward(*(one for one in sums if one is not None))
+        ctx.wanted = wanted
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [next(saved) * dtotal if asked else None for asked in ctx.wanted]
+        return None, None, None, None, *grads
+
+
+def ends_with_head(model: nn.Module) -> bool:
+    """Whether logits are just what the output matrix returns: no scale, no cap, no copy of it elsewhere.
+
+    Told by a trial on three tokens, once for each model.
+    """
+    known = model.__dict__.get("_trimtab_ends_with_head")
+    if known is None:
+        known = model.__dict__["_trimtab_ends_with_head"] = tried(model)
+    return known
+
+
+@torch.no_grad()
+def tried(model: nn.Module) -> bool:
+    """Compare the logits of three tokens with the output matrix applied to what it is given."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if head is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    given: list[Tensor] = []
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    handle = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    try:
+        logits = model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    finally:
+        handle.remove()
+        model.train(training)
+    return len(given) == 1 and logits.shape[:2] == given[0].shape[:2] and torch.equal(head(given[0]), logits)
+
+
+@contextmanager
+def hidden_only(model: Any, keep: Any) -> Iterator[list[Tensor]]:
+    """Collect what the output matrix is given at the positions `keep`, and keep it from running."""
+    found: list[Tensor] = []
+
+    def take(module: nn.Module, args: Any) -> Any:
+        found.append(args[0][keep])
+        return (args[0][:, :0], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(take)
+    try:
+        yield found
     finally:
         handle.remove()

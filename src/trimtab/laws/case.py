@@ -58,7 +58,11 @@ FP64 = Storage("fp64", dtype=torch.float64)
 
 
 def small(method: Any) -> Any:
-    """A method with settings for tiny hosts: integers above 4 become 4, a `density` a tenth, also in nested methods."""
+    """A method with settings for tiny hosts, nested ones too.
+
+    Integers above 4 become 4, a `density` a tenth, and `alpha` at most twice the rank: noise on every tensor would
+    otherwise outgrow the weights, and with them what rounding leaves of a comparison.
+    """
     if isinstance(method, Placed):
         return Placed(small(method.method), method.where)
     if isinstance(method, Sequence):
@@ -72,6 +76,9 @@ def small(method: Any) -> Any:
             changes[field.name] = 0.1
         elif isinstance(value, Method):
             changes[field.name] = small(value)
+    rank, alpha = changes.get("rank", getattr(method, "rank", None)), getattr(method, "alpha", 0.0)
+    if rank is not None and alpha > 2 * rank:
+        changes["alpha"] = 2.0 * rank
     return dataclasses.replace(method, **changes) if changes else method
 
 

@@ -22,7 +22,7 @@ from trimtab.laws.running import gradients, loss_of, same_gradients
 
 STEPS = 120
 """Adam steps in which a target is recovered."""
-LEARNING_RATES = (0.03, 0.1, 0.003)
+LEARNING_RATES = (0.03, 0.1, 0.003, 0.3)
 """Tried one after the other: a method may choose."""
 FACTOR = 10.0
 """By how much the loss falls."""

@@ -191,9 +191,8 @@ def tensors(group: Any) -> dict[str, Any]:
 def one_of(stacked: dict[str, Any], expert: int) -> dict[str, Any]:
     """The tensors of one expert out of stacked ones."""
     return {
-        key: one_of(value, expert) if isinstance(value, dict) else value[expert]
+        key: value if key == "shared" else one_of(value, expert) if isinstance(value, dict) else value[expert]
         for key, value in stacked.items()
-        if key != "shared"
     }
 
 

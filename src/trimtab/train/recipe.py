@@ -54,6 +54,15 @@ class Recipe:
         "auto", "Rows without padding: shared (common beginnings once), plain, off; auto: where exact.", "training"
     )
     checkpointing: bool = option(False, "Recompute activations block by block: less memory, more time.", "training")
+    faster: bool = option(True, "Use the fast versions of norms and gates, where a trial shows them equal.", "training")
+    evaluate_every: int | None = option(
+        None, "Measure the held-out loss after this many steps, and keep the adapter of the lowest.", "training"
+    )
+    patience: int | None = option(None, "Stop after this many evaluations without a lower loss.", "training")
+    save_every: int | None = option(
+        None, "Checkpoint after this many steps; default: about once a minute; 0: never.", "training"
+    )
+    keep: int = option(2, "Checkpoints kept while training; none remains when it ends.", "training")
     seed: int = option(0, "Seed of the start, the order of rows and dropout.", "training")
     dtype: str = option("auto", "Floating type of the frozen weights: auto, float32, bfloat16, float16.", "training")
     device: str = option("auto", "auto, cpu, cuda or mps.", "training")
@@ -91,6 +100,10 @@ ALIASES = {
     "num_epochs": "epochs",
     "num_train_epochs": "epochs",
     "max_steps": "steps",
+    "eval_steps": "evaluate_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep",
+    "early_stopping_patience": "patience",
     "lr": "learning_rate",
     "lr_scheduler": "schedule",
     "lr_scheduler_type": "schedule",

@@ -15,8 +15,8 @@ class Reporter:
     def note(self, text: str) -> None:
         """Something was decided or noticed that the user should read."""
 
-    def start(self, steps: int, rows: int) -> None:
-        """Training begins: so many optimizer steps over so many rows."""
+    def start(self, steps: int, rows: int, done: tuple[int, int] = (0, 0)) -> None:
+        """Training begins: so many optimizer steps over so many rows, of which `done` are behind a resumed run."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """One optimizer step is done."""

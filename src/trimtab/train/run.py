@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,26 @@ from trimtab.core.method import Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
 from trimtab.data.batches import batches, collate
-from trimtab.data.encode import Encoded, EncodedSet, encode_all, labels_of
+from trimtab.data.encode import EncodedSet, encode_all, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
 from trimtab.data.packing import SHARE, Pack, pack
 from trimtab.data.reading import read
-from trimtab.engine.attention import can_pack, segments_in
+from trimtab.engine.attention import can_pack
+from trimtab.engine.faster import PIECES, running
 from trimtab.engine.loss import loss_sum, on, terms_of
 from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint
 from trimtab.models.loading import load as load_model
-from trimtab.train import rundir
+from trimtab.train import checkpoint, rundir
+from trimtab.train.interrupt import Interrupt, Stopped
 from trimtab.train.recipe import Recipe, build_method
 from trimtab.train.reporter import Reporter
 
 FISHER_ROWS = 256
+SECONDS_BETWEEN = 60.0
+"""Seconds between checkpoints where the recipe does not say."""
+RECENT = 40
+"""Losses of the last steps in which divergence is looked for."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Job:
     heldout_rows: EncodedSet
     pad_id: int
     packing: str
+    pieces: tuple[str, ...]
     rate: float
     steps: int
     steps_per_epoch: int
@@ -88,32 +94,58 @@ def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     """Train what the recipe says and write a self-describing run directory.
 
     Two runs with one recipe on one machine write the same adapter, byte for byte. Bad input raises `UserError` before
-    anything is written.
+    anything is written; Ctrl-C or SIGTERM saves the state and raises `Stopped`, after which `resume` goes on.
     """
     tell = reporter or Reporter()
-    job = prepare(recipe, tell)
-    record = job.record
-    with segments_in(job.model) if job.packing != "off" else nullcontext():
-        tell.stage("measuring the untuned model")
-        activate(job.model, None)
-        record["before"] = job.measure()
-        activate(job.model, "default")
-        tell.evaluated("before", record["before"])
-        rundir.write_recipe(job.directory, recipe)
-        rundir.write_record(job.directory, record)
+    return carry_out(prepare(recipe, tell), tell)
 
-        started = time.perf_counter()
+
+def resume(directory: str | Path, reporter: Reporter | None = None) -> Result:
+    """Go on with a run that was stopped or killed, from its newest intact checkpoint; it ends with the same bytes.
+
+    Refused when the model, the data, the tokenizer or what is trained is not what the run began with.
+    """
+    tell = reporter or Reporter()
+    known = rundir.open_run(directory)
+    if known.record.get("status") == "finished":
+        raise UserError(f"resume: {directory} is finished", fix=f"trimtab chat {directory}")
+    job = prepare(known.recipe, tell, Path(directory))
+    job.record |= {"before": known.record["before"]}
+    record = json.loads(json.dumps(job.record))
+    changed = [key for key in ("model", "data", "method", "learning_rate", "steps") if record[key] != known.record[key]]
+    if changed:
+        raise UserError(
+            f"resume: {listing(changed)} differ from what {directory} began with", fix="undo the change, or train anew"
+        )
+    if job.record["versions"] != known.record["versions"]:
+        tell.note("other versions than the run began with: the result may differ in its last digits")
+    return carry_out(job, tell)
+
+
+def carry_out(job: Job, tell: Reporter) -> Result:
+    """Measure, train, measure, save."""
+    record = job.record
+    with running(job.model, packed=job.packing != "off", pieces=job.pieces):
+        if "before" not in record:
+            tell.stage("measuring the untuned model")
+            activate(job.model, None)
+            record["before"] = job.measure()
+            activate(job.model, "default")
+            rundir.write_recipe(job.directory, job.recipe)
+            rundir.write_record(job.directory, record)
+        tell.evaluated("before", record["before"])
+
         metrics = train(job, tell)
-        seconds = time.perf_counter() - started
 
         tell.stage("measuring the tuned model")
         record["after"] = job.measure()
         tell.evaluated("after", record["after"])
     notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
     save(job.model, job.directory / rundir.ADAPTER, notes=notes)
-    heldout = [(0, record["before"]["loss"]), (job.steps, record["after"]["loss"])]
-    rundir.plot_loss(job.directory, metrics, heldout)
-    rows = metrics[-1]["rows"]
+    heldout = [(0, record["before"]["loss"])]
+    heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
+    rundir.plot_loss(job.directory, metrics, [*heldout, (record["kept_step"], record["after"]["loss"])])
+    seconds, rows = metrics[-1]["seconds"], metrics[-1]["rows"]
     record |= {
         "status": "finished",
         "seconds": round(seconds, 3),
@@ -121,6 +153,7 @@ def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
         "peak_memory_bytes": rundir.peak_memory(),
     }
     rundir.write_record(job.directory, record)
+    checkpoint.clear(job.directory)
     result = Result(
         directory=job.directory,
         before=record["before"],
@@ -137,20 +170,35 @@ def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
 
 
 def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
-    """The loop: every step sums gradients over its rows and divides by the trained terms of all of them."""
+    """The loop: every step sums gradients over its rows and divides by the trained terms of all of them.
+
+    It begins at the newest checkpoint of the run directory, if there is one. With `evaluate_every`, the adapter of the
+    lowest held-out loss is what remains at the end.
+    """
     recipe, model = job.recipe, job.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     deltas = [module for module in model.modules() if isinstance(module, Delta)]
-    optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=recipe.weight_decay, fused=True)
     rows_per_step = recipe.batch_size * recipe.accumulation
-    metrics: list[dict[str, Any]] = []
-    started, rows_seen, step = time.perf_counter(), 0, 0
+    step, counters = 0, dict[str, Any](rows=0, seconds=0.0, best_loss=math.inf, best_step=0, last_losses=[])
+    best: dict[str, torch.Tensor] = {}
+    saved, problems = checkpoint.newest(job.directory)
+    for problem in problems:
+        tell.note(problem)
+    if saved is not None:
+        best = checkpoint.restore(saved, model, optimizer)
+        step, counters = saved.step, saved.counters
+        tell.note(f"going on after step {step} of {job.steps}")
+    metrics = rundir.cut_metrics(job.directory, step)
     model.train()
-    tell.start(job.steps, job.steps * rows_per_step)
-    with open(job.directory / rundir.METRICS, "w", encoding="utf-8") as log:
+    tell.start(job.steps, job.steps * rows_per_step, done=(step, counters["rows"]))
+    started = last_saved = time.perf_counter()
+    before = counters["seconds"]
+    with open(job.directory / rundir.METRICS, "a", encoding="utf-8") as log, Interrupt() as interrupt:
         while step < job.steps:
-            order = batches(job.train_rows, rows_per_step, recipe.seed, step // job.steps_per_epoch, by_length=True)
-            for rows in order[: job.steps - step]:
+            epoch, padded = step // job.steps_per_epoch, job.packing == "off"
+            order = batches(job.train_rows, rows_per_step, recipe.seed, epoch, by_length=padded)
+            for rows in order[step % job.steps_per_epoch :][: job.steps - step]:
                 micro = [job.batch(rows[i : i + recipe.batch_size]) for i in range(0, len(rows), recipe.batch_size)]
                 terms = sum(terms_of(batch) for batch in micro)
                 loss = 0.0
@@ -162,37 +210,73 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                     term.backward()
 
                 norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf))
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    stop_at_nan(step, loss, norm, [job.train_rows[index] for index in rows])
+                refuse_divergence(job, step, loss, norm, counters["last_losses"], rows)
                 for group in optimizer.param_groups:
                     group["lr"] = job.rate * factor_at(step, job.steps, recipe)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
                 step += 1
                 for delta in deltas:
                     delta.method.on_step(delta, step)
+                optimizer.zero_grad(set_to_none=True)
 
-                rows_seen += len(rows)
+                counters["rows"] += len(rows)
+                counters["seconds"] = before + time.perf_counter() - started
+                counters["last_losses"] = [*counters["last_losses"], loss][-RECENT:]
                 line = {
                     "step": step,
                     "epoch": round(step / job.steps_per_epoch, 4),
                     "loss": loss,
                     "learning_rate": optimizer.param_groups[0]["lr"],
                     "gradient_norm": norm,
-                    "rows": rows_seen,
-                    "rows_per_second": round(rows_seen / (time.perf_counter() - started), 3),
+                    "rows": counters["rows"],
+                    "seconds": round(counters["seconds"], 3),
+                    "rows_per_second": round(counters["rows"] / counters["seconds"], 3),
                 }
+                if recipe.evaluate_every and (step % recipe.evaluate_every == 0 or step == job.steps):
+                    line["heldout_loss"] = job.measure()["loss"]
+                    tell.evaluated(f"step {step}", {"loss": line["heldout_loss"]})
+                    if line["heldout_loss"] < counters["best_loss"]:
+                        counters |= {"best_loss": line["heldout_loss"], "best_step": step}
+                        best = checkpoint.taken(model)
                 metrics.append(line)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 tell.step(line)
+
+                if interrupt.asked or due(recipe, step, last_saved):
+                    checkpoint.write(job.directory, model, optimizer, step, counters, best, recipe.keep)
+                    last_saved = time.perf_counter()
+                if interrupt.asked and step < job.steps:
+                    raise Stopped(f"stopped after step {step} of {job.steps}; trimtab tune --resume {job.directory}")
+                if out_of_patience(recipe, step, counters["best_step"]):
+                    tell.note(f"stopping early: no better held-out loss since step {counters['best_step']}")
+                    break
+            if out_of_patience(recipe, step, counters["best_step"]):
+                break
+    if best:
+        checkpoint.put(model, best)
+    job.record["kept_step"] = counters["best_step"] if best else step
     return metrics
 
 
-def prepare(recipe: Recipe, tell: Reporter) -> Job:
+def due(recipe: Recipe, step: int, last_saved: float) -> bool:
+    """Whether a checkpoint is to be written: every so many steps, or about once a minute."""
+    if recipe.save_every is not None:
+        return bool(recipe.save_every) and step % recipe.save_every == 0
+    return time.perf_counter() - last_saved > SECONDS_BETWEEN
+
+
+def out_of_patience(recipe: Recipe, step: int, best_step: int) -> bool:
+    """Whether the held-out loss has not fallen for `patience` evaluations."""
+    return bool(
+        recipe.patience and recipe.evaluate_every and step - best_step >= recipe.patience * recipe.evaluate_every
+    )
+
+
+def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Job:
     """Read the data, load the model, attach the method: everything that can be refused is refused here."""
     method = build_method(recipe)
-    directory = rundir.new_directory(recipe)
+    directory = rundir.new_directory(recipe) if directory is None else directory
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
@@ -277,6 +361,7 @@ def prepare(recipe: Recipe, tell: Reporter) -> Job:
         heldout_rows=heldout_rows,
         pad_id=pad_id,
         packing=packing,
+        pieces=PIECES if recipe.faster else (),
         rate=rate,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
@@ -386,10 +471,26 @@ def factor_at(step: int, steps: int, recipe: Recipe) -> float:
     return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[recipe.schedule]
 
 
-def stop_at_nan(step: int, loss: float, norm: float, rows: Sequence[Encoded]) -> None:
-    """Stop at a loss or gradient that is not a number, naming the rows."""
-    named = listing(str(one.row) for one in rows)
+def refuse_divergence(
+    job: Job, step: int, loss: float, norm: float, recent: Sequence[float], rows: Sequence[int]
+) -> None:
+    """Stop at a loss or gradient that is not a number, or when the losses of the last steps have exploded."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        early, late = recent[: RECENT // 2], recent[-RECENT // 4 :]
+        if len(recent) < RECENT or min(late) < 3 * max(early) + 3:
+            return
+        raise UserError(
+            f"training diverged: loss {loss:.4g} at step {step + 1}, {max(early):.4g} before",
+            fix="lower --learning-rate; `trimtab tune --find-lr` shows where it starts to diverge",
+        )
+    named = listing(str(job.train_rows[index].row) for index in culprits(job, rows) or rows)
     raise UserError(
         f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; rows {named}",
         fix="lower --learning-rate; if it happens at once, look at these rows",
     )
+
+
+def culprits(job: Job, rows: Sequence[int]) -> list[int]:
+    """The rows of a step whose own loss is not a number."""
+    with torch.no_grad():
+        return [index for index in rows if not math.isfinite(loss_sum(job.model, job.batch([index]), job.task)[0])]

@@ -96,7 +96,12 @@ def new_directory(recipe: Recipe) -> Path:
     if recipe.output:
         target = Path(recipe.output)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"output: {target} exists and is not an empty directory", fix="choose another --output")
+            stopped = target.is_dir() and (target / RECORD).is_file() and not (target / ADAPTER).exists()
+            fix = f"trimtab tune --resume {target} goes on with it, or choose another --output"
+            raise UserError(
+                f"output: {target} " + ("is an unfinished run" if stopped else "exists and is not an empty directory"),
+                fix=fix if stopped else "choose another --output",
+            )
         return target
     stem = f"{Path(recipe.model).name}-{recipe.method}".lower()
     number = 1
@@ -113,6 +118,17 @@ def write_recipe(directory: Path, recipe: Recipe) -> None:
     order = [one.name for one in dataclasses.fields(Recipe)]
     text = yaml.safe_dump({key: values[key] for key in order}, sort_keys=False, allow_unicode=True)
     write_together(directory, {RECIPE: text.encode()})
+
+
+def cut_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the lines of `metrics.jsonl` up to a step, in the file too, and return them."""
+    path = directory / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = []
+    for line in lines[:step]:
+        kept.append(json.loads(line))
+    write_together(directory, {METRICS: "".join(json.dumps(line) + "\n" for line in kept).encode()})
+    return kept
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:

@@ -57,4 +57,4 @@ class Magnitude(WeightMethod):
         y = self.inner.forward(x, base, p.inner)
         b = self.inner.bias(base.bias, p.inner)
         c = (p.m / n).to(y.dtype)
-        return c * y if b is None else c * (y - b) + b
+        return c * y if b is None else torch.addcmul(b - c * b, c, y)

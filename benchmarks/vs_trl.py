@@ -1,0 +1,272 @@
+"""Our training step against TRL's SFTTrainer with PEFT: same rows in the same order, same start, optimizer, precision.
+
+    python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3] [--checkpointing]
+
+DIR holds `e2e/trainset.csv.gz` and `instruct/alpaca_part.json`. Each side runs in processes of its own, alternately,
+`--rounds` times; the first two steps warm up and are not timed. Both sides start from one LoRA (rank 8, all linears,
+drawn by us and copied into PEFT) and see the same batches, so their losses must agree. TRL gets the settings that ran
+fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. Writes
+`benchmarks/results/vs_trl-<task>[-checkpointing].json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+WARM = 2
+RECIPES: dict[str, dict[str, Any]] = {
+    "e2e": {"data": "e2e/trainset.csv.gz", "columns": {"prompt": "mr", "completion": "ref"}},
+    "alpaca": {"data": "instruct/alpaca_part.json"},
+}
+
+
+def job_of(asked: argparse.Namespace) -> Any:
+    """Our job: model, rows and method, ready to train."""
+    from trimtab.train.recipe import recipe_from
+    from trimtab.train.reporter import Reporter
+    from trimtab.train.run import prepare
+
+    recipe = recipe_from(
+        {
+            **RECIPES[asked.task],
+            "data": str(asked.data / RECIPES[asked.task]["data"]),
+            "model": "smollm2-135m-instruct",
+            "method": "lora",
+            "rank": 8,
+            "where": "all-linear",
+            "limit": asked.limit,
+            "heldout": "8",
+            "batch_size": 8,
+            "steps": asked.steps,
+            "learning_rate": 1e-3,
+            "warmup": 0,
+            "max_length": 1024,
+            "truncation": "drop",
+            "checkpointing": asked.checkpointing,
+            "output": str(asked.folder / f"run-{os.getpid()}"),
+        }
+    )
+    job = prepare(recipe, Reporter())
+    job.directory.mkdir(parents=True, exist_ok=True)
+    return replace(job, steps=asked.steps)
+
+
+def peak() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def order_of(job: Any, steps: int) -> list[list[int]]:
+    """The rows of each step."""
+    from trimtab.data.batches import batches
+
+    size, found, epoch = job.recipe.batch_size, [], 0
+    while len(found) < steps:
+        found += batches(job.train_rows, size, job.recipe.seed, epoch, by_length=job.packing == "off")
+        epoch += 1
+    return found[:steps]
+
+
+def ours(asked: argparse.Namespace) -> dict[str, Any]:
+    """Time our loop."""
+    from trimtab.engine.faster import running
+    from trimtab.train.reporter import Reporter
+    from trimtab.train.run import train
+
+    class Clock(Reporter):
+        times: list[float] = []  # noqa: RUF012
+
+        def step(self, line: dict[str, Any]) -> None:
+            self.times.append(time.perf_counter())
+
+    job, clock = job_of(asked), Clock()
+    loaded = peak()
+    with running(job.model, packed=job.packing != "off"):
+        lines = train(job, clock)
+    return {"times": clock.times, "losses": [line["loss"] for line in lines], "peak": peak(), "loaded": loaded}
+
+
+def rows(asked: argparse.Namespace) -> None:
+    """Write what TRL needs to train on the same: rows in order and the LoRA both start from."""
+    from safetensors.torch import save_file
+
+    job = job_of(asked)
+    order = order_of(job, asked.steps)
+    with open(asked.folder / "rows.jsonl", "w", encoding="utf-8") as out:
+        for index in (index for step in order for index in step):
+            row = job.train_rows[index]
+            labels = [token if used else -100 for token, used in zip(row.ids, row.trained, strict=True)]
+            out.write(json.dumps({"input_ids": list(row.ids), "labels": labels}) + "\n")
+    start = {}
+    for name, module in job.model.named_modules():
+        if "delta" in module._modules:
+            delta = next(iter(module.delta.values()))
+            start[f"{name}.A"], start[f"{name}.B"] = delta.A.detach().clone(), delta.B.detach().clone()
+    save_file(start, str(asked.folder / "start.safetensors"))
+    tokens = [sum(len(job.train_rows[index].ids) for index in step) for step in order]
+    packed = [int(job.batch(step).ids.numel()) if job.packing != "off" else tokens[0] for step in order]
+    about = {
+        "directory": job.record["model"]["directory"],
+        "packing": job.packing,
+        "tokens": tokens,
+        "computed": packed,
+    }
+    (asked.folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def trl(asked: argparse.Namespace) -> dict[str, Any]:
+    """Time SFTTrainer on the rows written before."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        times: list[float] = []  # noqa: RUF012
+
+        def on_step_end(self, *unused: Any, **unused_too: Any) -> None:
+            self.times.append(time.perf_counter())
+
+    directory = json.loads((asked.folder / "about.json").read_text())["directory"]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+    lines = [json.loads(line) for line in (asked.folder / "rows.jsonl").read_text().splitlines()]
+    settings = SFTConfig(
+        output_dir=str(asked.folder / f"trl-{os.getpid()}"),
+        per_device_train_batch_size=8,
+        max_steps=asked.steps,
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=asked.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if asked.checkpointing else None,
+        loss_type=asked.loss_type,
+        max_length=None,
+        bf16=False,
+        use_cpu=True,
+        optim="adamw_torch_fused",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        dataloader_num_workers=0,
+        disable_tqdm=True,
+        seed=0,
+    )
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    clock = Clock()
+    trainer = SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list(lines),
+        peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        callbacks=[clock],
+    )
+    start = load_file(str(asked.folder / "start.safetensors"))
+    with torch.no_grad():
+        for name, module in trainer.model.base_model.model.named_modules():
+            if f"{name}.A" in start:
+                module.lora_A["default"].weight.copy_(start.pop(f"{name}.A"))
+                module.lora_B["default"].weight.copy_(start.pop(f"{name}.B"))
+    assert not start, f"PEFT has no LoRA at {list(start)[:3]}"
+    loaded = peak()
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"times": clock.times, "losses": losses, "peak": peak(), "loaded": loaded}
+
+
+def side(asked: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One run of one side in a process of its own."""
+    arguments = [*sys.argv[1:], "--side", name, "--folder", str(asked.folder)]
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1]) if name != "rows" else {}
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader.add_argument("--data", type=Path, required=True)
+    reader.add_argument("--task", choices=list(RECIPES), default="e2e")
+    reader.add_argument("--steps", type=int, default=12)
+    reader.add_argument("--rounds", type=int, default=3)
+    reader.add_argument("--limit", type=int, default=800)
+    reader.add_argument("--checkpointing", action="store_true")
+    reader.add_argument("--loss-type", default="nll", help="TRL's")
+    reader.add_argument("--side", choices=("ours", "trl", "rows"), help=argparse.SUPPRESS)
+    reader.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    asked = reader.parse_args()
+    if asked.side:
+        print(json.dumps({"ours": ours, "trl": trl, "rows": rows}[asked.side](asked)))
+        return
+    import peft
+    import torch
+    import transformers
+    import trl as peer
+
+    with tempfile.TemporaryDirectory() as folder:
+        asked.folder = Path(folder)
+        side(asked, "rows")
+        about = json.loads((asked.folder / "about.json").read_text())
+        found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
+        for _ in range(asked.rounds):
+            for name in ("ours", "trl"):
+                found[name].append(side(asked, name))
+    timed = 8 * (asked.steps - WARM)
+    speed = {name: [timed / (run["times"][-1] - run["times"][WARM - 1]) for run in found[name]] for name in found}
+    ratios = [one / other for one, other in zip(speed["ours"], speed["trl"], strict=True)]
+    apart = max(abs(a - b) for a, b in zip(found["ours"][0]["losses"], found["trl"][0]["losses"], strict=True))
+    memory = {name: statistics.median(run["peak"] for run in found[name]) for name in found}
+    result = {
+        "task": asked.task,
+        "checkpointing": asked.checkpointing,
+        "steps": asked.steps,
+        "rounds": asked.rounds,
+        "rows_per_second": {name: statistics.median(values) for name, values in speed.items()},
+        "rows_per_second_runs": speed,
+        "speed_ratio": statistics.median(ratios),
+        "speed_ratio_runs": ratios,
+        "peak_bytes": memory,
+        "peak_ratio": memory["ours"] / memory["trl"],
+        "largest_loss_difference": apart,
+        "losses": {name: found[name][0]["losses"] for name in found},
+        "packing": about["packing"],
+        "tokens_of_rows": sum(about["tokens"]),
+        "tokens_computed_by_us": sum(about["computed"]),
+        "conditions": {
+            "threads": torch.get_num_threads(),
+            "precision": "float32",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": peer.__version__,
+            "peft": peft.__version__,
+            "trl_loss_type": asked.loss_type,
+        },
+    }
+    RESULTS.mkdir(exist_ok=True)
+    name = f"vs_trl-{asked.task}{'-checkpointing' if asked.checkpointing else ''}.json"
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Replacing parts of a model by faster ones that compute the same, each only where a trial shows that it does.
+
+Which layer is an RMS norm or a gated feed-forward is not read off its name: the fast version is run beside the layer's
+own forward on a few numbers and takes its place only if both agree. Layers that are trained or edited stay.
+Leaving the context puts every class back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.swap import swap, unswap
+from trimtab.engine.attention import segments_in
+from trimtab.engine.kernels import GATES, gated, rms_norm
+
+PIECES = ("norms", "gates")
+EXACT = 1e-5
+
+
+@contextmanager
+def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[str]]:
+    """Run the model with the fast versions of these pieces inside; yields what was replaced, by path."""
+    replaced: list[tuple[str, nn.Module]] = []
+    if "norms" in pieces:
+        replaced += [(path, module) for path, module in model.named_modules() if quick_norm(module)]
+    if "gates" in pieces:
+        replaced += [(path, module) for path, module in model.named_modules() if quick_gate(module)]
+    try:
+        yield [path for path, _ in replaced]
+    finally:
+        for _, module in reversed(replaced):
+            unswap(module)
+
+
+@contextmanager
+def running(model: nn.Module, *, packed: bool, pieces: tuple[str, ...] = PIECES) -> Iterator[None]:
+    """What a model is trained and measured in: segment attention where rows are packed, and the fast pieces."""
+    with segments_in(model) if packed else nullcontext(), faster(model, pieces):
+        yield
+
+
+def quick_norm(module: nn.Module) -> bool:
+    """Swap a frozen RMS norm, told by its behaviour, for `rms_norm`; whether it was one."""
+    w = module._parameters.get("weight")
+    if w is None or w.ndim != 1 or w.requires_grad or w.is_meta or set(module._parameters) != {"weight"}:
+        return False
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if module._modules or isinstance(module, nn.Embedding) or not isinstance(epsilon, float):
+        return False
+    for plus in (0.0, 1.0):  # Gemma keeps the weight less one
+        if same(module, lambda x, plus=plus: rms_norm(x, w + plus if plus else w, epsilon), w.shape[0], w):
+            swap(module, norm_namespace, epsilon, plus)
+            return True
+    return False
+
+
+def norm_namespace(cls: type, epsilon: float, plus: float) -> dict[str, Any]:
+    """Namespace of the fast subclass of a norm."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        w: Any = self.weight
+        return rms_norm(x, w + plus if plus else w, epsilon)
+
+    return {"forward": forward}
+
+
+def quick_gate(module: nn.Module) -> bool:
+    """Swap a gated feed-forward down(act(gate(x)) ∘ up(x)), told by its behaviour, for one that keeps less."""
+    parts = {"gate_proj", "up_proj", "down_proj"}
+    width = getattr(module._modules.get("gate_proj"), "in_features", None)
+    if not parts <= set(module._modules) or "delta" in module._modules or width is None or module._parameters:
+        return False
+    w = next(iter(module.gate_proj.parameters()))  # type: ignore[union-attr]
+    if w.is_meta:
+        return False
+    gate = activation(module)
+    if gate is None or not same(module, lambda x: gate_forward(module, x, gate), width, w):
+        return False
+    swap(module, gate_namespace, gate)
+    return True
+
+
+def activation(module: Any) -> str | None:
+    """Name in `GATES` of the activation of a gated feed-forward."""
+    function = getattr(module, "act_fn", None)
+    if not callable(function) or (isinstance(function, nn.Module) and "delta" in function._modules):
+        return None
+    x = torch.linspace(-6, 6, 201)
+    return next((name for name, (ours, _) in GATES.items() if torch.allclose(ours(x), function(x), 0, 1e-6)), None)
+
+
+def gate_namespace(cls: type, gate: str) -> dict[str, Any]:
+    """Namespace of the fast subclass of a gated feed-forward."""
+    return {"forward": lambda self, x: gate_forward(self, x, gate)}
+
+
+def gate_forward(module: Any, x: Tensor, gate: str) -> Tensor:
+    """down(act(gate(x)) ∘ up(x))."""
+    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), gate))
+
+
+@torch.no_grad()
+def same(module: nn.Module, fast: Any, width: int, like: Tensor) -> bool:
+    """Whether both give the same on a few numbers, spread widely enough to tell activations apart."""
+    kind = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+    x = torch.linspace(-3, 3, 2 * width, device=like.device).sin().mul(2).view(1, 2, width).to(kind)
+    training = module.training
+    module.eval()
+    try:
+        ours, theirs = fast(x), module(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    finally:
+        module.train(training)
+    if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+        return False
+    apart, size = (ours - theirs).abs().double(), theirs.abs().double().max().clamp(min=1e-6)
+    rounding = torch.finfo(kind).eps
+    return bool(apart.max() <= max(EXACT, rounding) * size and apart.mean() <= max(EXACT, rounding / 32) * size)

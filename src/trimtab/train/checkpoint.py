@@ -1,0 +1,166 @@
+"""Checkpoints of a run: everything the loop needs to go on as if it had never stopped.
+
+`checkpoints/step-00000120/` holds `state.safetensors` (the adapter's tensors, optimizer state, random generators, the
+best adapter so far) and `state.json` (step, counters, sha256 of the other). A checkpoint is complete on disk before it
+takes its name; a damaged one is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import UserError
+from trimtab.core.save import adapter_tensors, write_together
+
+FOLDER, TENSORS, RECORD = "checkpoints", "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of the loop between two steps."""
+
+    step: int
+    counters: dict[str, Any]
+    """What the loop counts besides: rows seen, seconds, the best held-out loss."""
+    tensors: dict[str, Tensor]
+
+
+def write(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    counters: Mapping[str, Any],
+    best: Mapping[str, Tensor],
+    keep: int = 2,
+) -> None:
+    """Write the state after `step` steps and remove all but the newest `keep` checkpoints."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {f"adapter.{key}": value.detach() for key, value in adapter_tensors(model, "default").items()}
+    tensors |= {f"best.{key}": value for key, value in best.items()}
+    numbers: dict[str, Any] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                numbers[f"{index}.{key}"] = value
+    tensors |= {f"random.{device}": state for device, state in random_states()}
+    blob = to_bytes({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
+    record = {"step": step, "counters": dict(counters), "optimizer": numbers, "sha256": digest(blob)}
+    folder = run / FOLDER
+    final, pending = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    shutil.rmtree(pending, ignore_errors=True)
+    write_together(pending, {TENSORS: blob, RECORD: json.dumps(record).encode()})
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(pending, final)
+    flush(folder)
+    for old in found(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest intact checkpoint of a run (None: there is none), and what was wrong with newer ones."""
+    problems = []
+    for folder in found(run):
+        try:
+            return read(folder), problems
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(f"{folder.name} is damaged ({error}), using an earlier one")
+    return None, problems
+
+
+def read(folder: Path) -> Checkpoint:
+    """One checkpoint; raises ValueError when its content is not what was written."""
+    from safetensors.torch import load as from_bytes
+
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    blob = (folder / TENSORS).read_bytes()
+    if digest(blob) != record["sha256"]:
+        raise ValueError("checksum differs")
+    tensors: dict[str, Any] = from_bytes(blob)
+    for key, value in record["optimizer"].items():
+        tensors[f"optimizer.{key}"] = value
+    return Checkpoint(int(record["step"]), record["counters"], tensors)
+
+
+def restore(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put a checkpoint's state into the model, the optimizer and the random generators; returns the best adapter."""
+    put(model, part(saved.tensors, "adapter"))
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in part(saved.tensors, "optimizer").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for device, known in part(saved.tensors, "random").items():
+        if device == "cpu":
+            torch.set_rng_state(known)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(known, int(device.removeprefix("cuda")))
+    return part(saved.tensors, "best")
+
+
+def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite the adapter's tensors in place; every one of them must be there."""
+    own = adapter_tensors(model, "default")
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise UserError(f"checkpoint: it is of another adapter ({len(odd)} keys differ, first {odd[0]})")
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(tensors[key])
+
+
+def taken(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's tensors as they are now."""
+    return {key: value.detach().clone() for key, value in adapter_tensors(model, "default").items()}
+
+
+def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The entries under `name.`, without it."""
+    return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(name + ".")}
+
+
+def found(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    folder = run / FOLDER
+    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+
+
+def clear(run: Path) -> None:
+    """Remove all checkpoints of a run."""
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
+def random_states() -> Iterator[tuple[str, Tensor]]:
+    """The states of torch's generators, by device."""
+    yield "cpu", torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            yield f"cuda{index}", state
+
+
+def digest(blob: bytes) -> str:
+    """sha256 in hexadecimal."""
+    return hashlib.sha256(blob).hexdigest()
+
+
+def flush(folder: Path) -> None:
+    """Have a directory's entries on disk, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
