@@ -72,7 +72,7 @@ def write(
 
 def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest intact checkpoint of a run (None: there is none), and what was wrong with newer ones."""
-    problems = []
+    problems: list[str] = []
     for folder in found(run):
         try:
             return read(folder), problems
