@@ -257,3 +257,12 @@ def test_the_shipped_rows_are_records_and_no_prompt_is_on_both_sides() -> None:
         parts[name] = {row["prompt"] for row in rows}
     assert len(parts["test"]) == 60
     assert not parts["train"] & parts["test"]
+
+
+def test_verify_answers_with_its_exit_code(trimtab: Run, chat_model: Path, prompts: Path) -> None:
+    found = trimtab("verify", "--model", chat_model, "--data", prompts, "--rank", "4", "--device", "cpu", "--json")
+    assert found.code == 0
+    checks = {one["name"]: one["passed"] for one in found.document["checks"]}
+    assert checks["packed with common beginnings = alone"] is True
+    text = trimtab("verify", "--model", chat_model, "--data", prompts, "--device", "cpu")
+    assert "everything that applies holds" in text.out

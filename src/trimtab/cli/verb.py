@@ -33,12 +33,17 @@ class Verb(click.Command):
         machine = ctx.params.pop("machine")
         ctx.obj = machine
         if not machine:
-            return super().invoke(ctx)
+            return exit_code(super().invoke(ctx))
         out = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):
             document = super().invoke(ctx)
         emit(document, out)
-        return None
+        return exit_code(document)
+
+
+def exit_code(document: Any) -> int:
+    """The exit code a command asks for in its document; 0 if it says nothing of it."""
+    return int(document.get("exit_code", 0)) if isinstance(document, Mapping) else 0
 
 
 def is_machine() -> bool:

@@ -1,0 +1,146 @@
+"""`trimtab verify` holds for what is right, and each of its checks fails for what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.cli.conftest import WORDS, save_model, write_rows
+
+from trimtab.train import verify as module
+from trimtab.train.recipe import Recipe, recipe_from
+from trimtab.train.verify import Check, verify
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", chat=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = [
+        {"prompt": "say " + " ".join(WORDS[: 1 + at % 4]), "completion": " ".join(WORDS[at % 5 : 3 + at % 7])}
+        for at in range(12)
+    ]
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", found)
+
+
+def recipe(model: Path, rows: Path, **more: Any) -> Recipe:
+    return recipe_from({"model": str(model), "data": str(rows), "heldout": "2", "device": "cpu", **more})
+
+
+def failed(found: list[Check]) -> list[str]:
+    return [one.name for one in found if one.passed is False]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby", "loreft", "prefix_tuning", "vera", "full"])
+def test_a_right_recipe_passes(model: Path, rows: Path, method: str) -> None:
+    found = verify(recipe(model, rows, method=method))
+    assert failed(found) == []
+    assert sum(one.passed is True for one in found) >= 8
+
+
+def test_dropout_does_not_disturb_the_comparison(model: Path, rows: Path) -> None:
+    assert failed(verify(recipe(model, rows, method="lora", dropout=0.5))) == []
+
+
+def test_a_quantized_base_passes(model: Path, rows: Path) -> None:
+    found = verify(recipe(model, rows, method="lora", quantize="absmax"))
+    assert failed(found) == []
+    assert [one.name for one in found if one.passed is None] == ["merged = unmerged"]
+
+
+def wrong_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of means: every batch divided by its own count."""
+    plain = module.terms_of
+    monkeypatch.setattr(module, "terms_of", lambda batch: plain(batch) / 2 if isinstance(batch, dict) else plain(batch))
+
+
+def leaking_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows that see each other."""
+    from trimtab.data.packing import Pack, Segment
+
+    plain = module.pack
+
+    def joined(rows: Any, share: Any) -> Pack:
+        made = plain(rows, share)
+        return Pack(**{**vars(made), "segments": (Segment(0, made.ids.shape[1]),)})
+
+    monkeypatch.setattr(module, "pack", joined)
+
+
+def step_on_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that also changes a frozen weight."""
+    plain = module.loss_sum
+
+    def heavy(model: Any, batch: Any, task: str) -> Any:
+        with torch.no_grad():
+            model.model.norm._parameters["weight"] += 1e-3
+        return plain(model, batch, task)
+
+    monkeypatch.setattr(module, "loss_sum", heavy)
+
+
+def lossy_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in half precision."""
+    plain = module.load
+
+    def rounded(model: Any, path: Path) -> Any:
+        done = plain(model, path)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(parameter.half())
+        return done
+
+    monkeypatch.setattr(module, "load", rounded)
+
+
+def wrong_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that does nothing."""
+    monkeypatch.setattr(module, "merge", module.detach)
+
+
+def wrong_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpointing that changes the gradients."""
+    plain = module.checkpointed
+
+    def doubled(job: Any, parts: Any) -> Any:
+        return {name: 2 * value for name, value in plain(job, parts).items()}
+
+    monkeypatch.setattr(module, "checkpointed", doubled)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        (wrong_terms, "packed = alone"),
+        (leaking_attention, "packed = alone"),
+        (step_on_the_base, "a step leaves the base as it was"),
+        (lossy_file, "saved and loaded, the same bits"),
+        (wrong_merge, "merged = unmerged"),
+        (wrong_chunks, "checkpointed = alone"),
+    ],
+)
+def test_every_check_can_fail(
+    model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], check: str
+) -> None:
+    fault(monkeypatch)
+    assert check in failed(verify(recipe(model, rows, method="lora")))
+
+
+def test_a_loss_mask_that_disagrees_with_the_data_fails(
+    model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = module.collate
+
+    def everything(chosen: Any, pad_id: int) -> Any:
+        batch = plain(chosen, pad_id)
+        return {**batch, "labels": batch["input_ids"]}
+
+    monkeypatch.setattr(module, "collate", everything)
+    assert "the loss counts the trained tokens" in failed(verify(recipe(model, rows, method="lora")))
