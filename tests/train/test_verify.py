@@ -109,8 +109,8 @@ def wrong_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpointing that changes the gradients."""
     plain = module.checkpointed
 
-    def doubled(job: Any, parts: Any) -> Any:
-        return {name: 2 * value for name, value in plain(job, parts).items()}
+    def doubled(job: Any, parts: Any, policy: str) -> Any:
+        return {name: 2 * value for name, value in plain(job, parts, policy).items()}
 
     monkeypatch.setattr(module, "checkpointed", doubled)
 
@@ -123,7 +123,7 @@ def wrong_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         (step_on_the_base, "a step leaves the base as it was"),
         (lossy_file, "saved and loaded, the same bits"),
         (wrong_merge, "merged = unmerged"),
-        (wrong_chunks, "checkpointed = alone"),
+        (wrong_chunks, "checkpointed (sqrt) = alone"),
     ],
 )
 def test_every_check_can_fail(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 GROUPS = {"what": "What", "data": "Data", "training": "Training"}
 RECIPE_ENDINGS = (".yaml", ".yml")
+BARE = ("checkpointing", *(alias for alias, name in ALIASES.items() if name == "checkpointing"))
+"""Flags that may stand without a value."""
 FLAGS = "trimtab.flags"
 """Where the context keeps the values of the flags, which are too many to be arguments of a function."""
 
@@ -38,8 +40,9 @@ class Flag(click.Option):
     ) -> None:
         dashed = name.replace("_", "-")
         spelled = f"--{dashed}/--no-{dashed}" if switch else f"--{dashed}"
+        bare: dict[str, Any] = {"is_flag": False, "flag_value": "block"} if name in BARE else {}
         super().__init__(
-            [spelled, name], help=text, default=None, hidden=hidden, metavar=None if switch else words or None
+            [spelled, name], help=text, default=None, hidden=hidden, metavar=None if switch else words or None, **bare
         )
         self.group = group
 

@@ -37,7 +37,7 @@ def command(ctx: click.Context, recipe: str | None, rows: int) -> dict[str, Any]
             found = verify(recipe_from(merged(recipe, ctx.meta[FLAGS])), rows, shown)
     finally:
         shown.close()
-    lines = [("", "check", "measured", "bound", "")]
+    lines: list[tuple[str, ...]] = [("", "check", "measured", "bound", "")]
     for one in found:
         word, color = MARKS[one.passed]
         numbers = [f"{value:.1e}" if value is not None else "" for value in (one.measured, one.bound)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.core.swap import swap, unswap
 from trimtab.engine.attention import segments_in
+from trimtab.engine.checkpointing import checkpointing
 from trimtab.engine.kernels import GATES, gated, rms_norm
 
 PIECES = ("norms", "gates")
@@ -38,9 +39,9 @@ def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[
 
 
 @contextmanager
-def running(model: nn.Module, *, packed: bool, pieces: tuple[str, ...] = PIECES) -> Iterator[None]:
-    """What a model is trained and measured in: segment attention where rows are packed, and the fast pieces."""
-    with segments_in(model) if packed else nullcontext(), faster(model, pieces):
+def running(model: nn.Module, *, packed: bool, pieces: tuple[str, ...] = PIECES, policy: str = "off") -> Iterator[None]:
+    """What a model is trained and measured in: segment attention for packed rows, fast pieces, checkpointing."""
+    with segments_in(model) if packed else nullcontext(), faster(model, pieces), checkpointing(model, policy):
         yield
 
 

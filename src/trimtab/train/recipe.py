@@ -53,7 +53,9 @@ class Recipe:
     packing: str = option(
         "auto", "Rows without padding: shared (common beginnings once), plain, off; auto: where exact.", "training"
     )
-    checkpointing: bool = option(False, "Recompute activations block by block: less memory, more time.", "training")
+    checkpointing: str = option(
+        "off", "Recompute activations in backward: off, block, sqrt, selective or offload.", "training"
+    )
     faster: bool = option(True, "Use the fast versions of norms and gates, where a trial shows them equal.", "training")
     evaluate_every: int | None = option(
         None, "Measure the held-out loss after this many steps, and keep the adapter of the lowest.", "training"
@@ -123,9 +125,14 @@ CHOICES = {
     "truncation": ("error", "drop", "left", "right", "split"),
     "train_on": ("completions", "all"),
     "packing": ("auto", "shared", "plain", "off"),
+    "checkpointing": ("off", "block", "sqrt", "selective", "offload"),
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+
+
+SWITCHED = {"true": "block", "false": "off", "yes": "block", "no": "off", "1": "block", "0": "off"}
+"""Checkpointing as other tools switch it."""
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
@@ -187,6 +194,8 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
 def converted(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     """A value in the type of its field, from YAML's types or from a flag's text."""
     kind = str(spec.type).removesuffix(" | None")
+    if name == "checkpointing" and str(value).lower() in SWITCHED:
+        value = SWITCHED[str(value).lower()]
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{value!r} is not one of {listing(CHOICES[name])}")
     if name == "where" and isinstance(value, list | tuple):

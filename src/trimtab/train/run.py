@@ -124,14 +124,14 @@ def resume(directory: str | Path, reporter: Reporter | None = None) -> Result:
 
 def carry_out(job: Job, tell: Reporter) -> Result:
     """Measure, train, measure, save."""
-    record = job.record
-    with running(job.model, packed=job.packing != "off", pieces=job.pieces):
+    record, recipe = job.record, job.recipe
+    with running(job.model, packed=job.packing != "off", pieces=job.pieces, policy=recipe.checkpointing):
         if "before" not in record:
             tell.stage("measuring the untuned model")
             activate(job.model, None)
             record["before"] = job.measure()
             activate(job.model, "default")
-            rundir.write_recipe(job.directory, job.recipe)
+            rundir.write_recipe(job.directory, recipe)
             rundir.write_record(job.directory, record)
         tell.evaluated("before", record["before"])
 
@@ -306,8 +306,6 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
     statistics = measured(model, parts, train_rows, task, pad_id, tell)
     masters = torch.float32 if loaded.dtype in (torch.bfloat16, torch.float16) else None
     attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics)
-    if recipe.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     attached = require_state(model, "tune").adapters["default"].parts

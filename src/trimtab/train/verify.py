@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trimtab.data.batches import batches, collate
 from trimtab.data.encode import Encoded
 from trimtab.data.packing import SHARE, pack
 from trimtab.engine.attention import can_pack
+from trimtab.engine.checkpointing import POLICIES, checkpointing
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum, on, terms_of
 from trimtab.train.recipe import Recipe
@@ -55,8 +57,7 @@ def verify(recipe: Recipe, rows: int = 7, reporter: Reporter | None = None) -> l
     """Run every check on the first `rows` rows of the first epoch. Nothing is trained and nothing is kept on disk."""
     tell = reporter or Reporter()
     with tempfile.TemporaryDirectory() as folder:
-        plain = replace(recipe, checkpointing=False)
-        job = prepare(plain, tell, Path(folder) / "run")
+        job = prepare(recipe, tell, Path(folder) / "run")
         tell.stage("checking")
         model = job.model
         order = batches(job.train_rows, max(2, rows), recipe.seed, 0)
@@ -92,7 +93,8 @@ def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
         ways["fast pieces = alone"] = lambda: gradients(job, [pack(rows, SHARE)], job.pieces)
     else:
         ways["fast pieces = alone"] = lambda: gradients(job, [padded(job, rows)], job.pieces)
-    ways["checkpointed = alone"] = lambda: checkpointed(job, [padded(job, rows)])
+    for policy in POLICIES[1:]:
+        ways[f"checkpointed ({policy}) = alone"] = partial(checkpointed, job, [padded(job, rows)], policy)
     found = []
     for name, way in ways.items():
         try:
@@ -125,20 +127,16 @@ def gradients(job: Job, parts: Sequence[Any], pieces: tuple[str, ...] = ()) -> d
     return found
 
 
-def checkpointed(job: Job, parts: Sequence[Any]) -> dict[str, Tensor]:
-    """Gradients with every block recomputed in backward."""
-    model = job.model
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"{type(model).__name__} does not support checkpointing")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    still = [(one, one.training) for one in model.modules() if isinstance(one, nn.Dropout | Delta)]
-    for one, _ in still:
-        one.eval()
+def checkpointed(job: Job, parts: Sequence[Any], policy: str) -> dict[str, Tensor]:
+    """Gradients with activations made again in backward; training, but without dropout."""
+    model = job.model.train()
+    for one in model.modules():
+        if isinstance(one, nn.Dropout | Delta):
+            one.eval()
     try:
-        return gradients(job, parts)
+        with checkpointing(model, policy):
+            return gradients(job, parts)
     finally:
-        model.gradient_checkpointing_disable()
         model.eval()
 
 
@@ -162,7 +160,7 @@ def nudge(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=draw) * NOISE
-                parameter += noise.to(parameter.device, parameter.dtype)
+                parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
 # -------------------------------------------------------------------------------------------------- everything else

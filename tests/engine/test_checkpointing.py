@@ -1,0 +1,117 @@
+"""Checkpointing changes memory and time, never a gradient: packed rows, virtual tokens and quantized bases too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.engine.test_packing import gpt2, llama, qwen, rows_with_common_beginnings
+from torch import Tensor, nn
+
+import trimtab as tt
+from trimtab.core.errors import UserError
+from trimtab.data.batches import collate
+from trimtab.data.packing import pack
+from trimtab.engine import checkpointing as module
+from trimtab.engine.checkpointing import POLICIES, blocks_of, checkpointing
+from trimtab.engine.faster import running
+from trimtab.engine.loss import loss_sum
+
+MODELS = {"llama": llama, "qwen": qwen, "gpt2": gpt2}
+METHODS = {
+    "lora": lambda: tt.LoRA(rank=2),
+    "houlsby": lambda: tt.Houlsby(bottleneck=4),
+    "prefix": lambda: tt.PrefixTuning(length=3, hidden=8),
+    "full": lambda: tt.Full(),
+}
+
+
+def ready(name: str, method: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = tt.attach(MODELS[name](), METHODS[method]())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model.train()
+
+
+def gradients(model: nn.Module, batch: Any, policy: str) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    with running(model, packed=not isinstance(batch, dict), policy=policy):
+        loss_sum(model, batch, "causal")[0].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def agree(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    assert plain
+    assert ours.keys() == plain.keys()
+    for name, expected in plain.items():
+        assert (ours[name] - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1e-8), name
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("name", list(MODELS))
+def test_gradients_are_those_without(name: str, method: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST", 1)
+    model = ready(name, method)
+    batches: list[Any] = [collate(rows_with_common_beginnings(), 0)]
+    if method != "prefix":
+        batches.append(pack(rows_with_common_beginnings()))
+    for batch in batches:
+        agree(gradients(model, batch, policy), gradients(model, batch, "off"))
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_over_a_quantized_base(policy: str) -> None:
+    torch.manual_seed(0)
+    model = llama()
+    tt.quantize(model, tt.Absmax())
+    tt.attach(model, tt.LoRA(rank=2))
+    batch = pack(rows_with_common_beginnings())
+    agree(gradients(model.train(), batch, policy), gradients(model, batch, "off"))
+
+
+@pytest.mark.parametrize("policy", ["block", "sqrt", "selective", "offload"])
+def test_less_is_kept_for_backward(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST", 1)
+    model, batch = ready("llama", "lora"), collate(rows_with_common_beginnings(), 0)
+
+    def kept(chosen: str) -> int:
+        held: dict[int, int] = {}
+
+        def hold(tensor: Tensor) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with running(model, packed=False, policy=chosen), torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+            loss_sum(model, batch, "causal")
+        return sum(held.values())
+
+    assert kept(policy) < kept("off")
+
+
+def test_offloaded_tensors_are_files_that_go_away(tmp_path: Path) -> None:
+    parked = module.Parked(torch.arange(5.0), str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(parked.tensor(), torch.arange(5.0))
+    del parked
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="no stack of blocks"), checkpointing(nn.Linear(2, 2), "block"):
+        pass
+
+
+def test_the_blocks_are_the_deepest_stack_and_come_back_as_they_were() -> None:
+    model = llama()
+    assert blocks_of(model) == list(model.model.layers)
+    before = [type(block) for block in model.model.layers]
+    with checkpointing(model, "sqrt"):
+        assert [type(block) for block in model.model.layers] != before
+    assert [type(block) for block in model.model.layers] == before
+    assert not any("_trimtab_again" in block.__dict__ for block in model.model.layers)
