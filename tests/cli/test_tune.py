@@ -361,3 +361,10 @@ def test_resume_of_what_is_no_run_names_what_is_missing(trimtab: Run, tmp_path: 
     found = trimtab("tune", "--resume", tmp_path)
     assert found.code == 2
     assert "recipe.yaml" in found.err
+
+
+def test_find_lr_tries_rates_and_trains_nothing(trimtab: Run, chat_model: Path, prompts: Path, tmp_path: Path) -> None:
+    found = trimtab("tune", "--model", chat_model, "--data", prompts, "--find-lr", "--device", "cpu", "--json")
+    assert found.code == 0
+    assert len(found.document["rates"]) == len(found.document["losses"]) > 10
+    assert Path(found.document["plot"]).is_file()

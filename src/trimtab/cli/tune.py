@@ -210,8 +210,9 @@ def merged(recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 @click.command(cls=Tune, name="tune", short_help="Train an adapter.", options_metavar="[FLAGS]")
 @click.argument("recipe", required=False, metavar="[RECIPE.yaml]")
 @click.option("--resume", metavar="RUN_DIR", help="Go on with a run that was stopped or killed.")
+@click.option("--find-lr", is_flag=True, help="Only try learning rates, on the first batches, and say which suits.")
 @click.pass_context
-def command(ctx: click.Context, recipe: str | None, resume: str | None) -> dict[str, Any]:
+def command(ctx: click.Context, recipe: str | None, resume: str | None, find_lr: bool) -> dict[str, Any]:
     """Train an adapter from a model and a data file; flags override the recipe file.
 
     \b
@@ -225,6 +226,8 @@ def command(ctx: click.Context, recipe: str | None, resume: str | None) -> dict[
         raise UserError(
             f"--resume takes the recipe of the run; {idle} cannot change it", fix=f"trimtab tune --resume {resume}"
         )
+    if find_lr:
+        return try_rates(recipe_from(merged(recipe, ctx.meta[FLAGS])))
     result = run(Path(resume) if resume else recipe_from(merged(recipe, ctx.meta[FLAGS])))
     say("\n" + summary(result))
     return document(result)
@@ -243,6 +246,35 @@ def run(what: Recipe | Path) -> Result:
             return resume(what, shown) if isinstance(what, Path) else tune(what, shown)
     finally:
         shown.close()
+
+
+def try_rates(recipe: Recipe) -> dict[str, Any]:
+    """The learning-rate range test and its answer."""
+    from trimtab.cli.progress import reporter
+    from trimtab.models.starters import quiet_transformers
+    from trimtab.train.find_rate import find_rate
+
+    shown = reporter()
+    try:
+        with quiet_transformers():
+            found = find_rate(recipe, shown)
+    finally:
+        shown.close()
+    every = max(1, len(found.rates) // 12)
+    table = [
+        (f"{rate:.1e}", f"{loss:.4f}") for rate, loss in list(zip(found.rates, found.smooth, strict=True))[::every]
+    ]
+    say("\n" + columns([("learning rate", "loss, smoothed"), *table], right=(0, 1)))
+    best = f"{found.suggested:g}" if found.suggested else "none: the loss fell nowhere"
+    facts = [("steepest fall", best), ("the method's own", f"{found.default:g}"), ("plot", str(found.plot))]
+    say("\n" + columns(facts))
+    return {
+        "rates": list(found.rates),
+        "losses": list(found.losses),
+        "suggested": found.suggested,
+        "default": found.default,
+        "plot": str(found.plot),
+    }
 
 
 def summary(result: Result) -> str:

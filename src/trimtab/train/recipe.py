@@ -64,6 +64,7 @@ class Recipe:
     save_every: int | None = option(
         None, "Checkpoint after this many steps; default: about once a minute; 0: never.", "training"
     )
+    track: str = option("", "Also log to tensorboard, wandb or trackio; several with commas.", "training")
     keep: int = option(2, "Checkpoints kept while training; none remains when it ends.", "training")
     seed: int = option(0, "Seed of the start, the order of rows and dropout.", "training")
     dtype: str = option("auto", "Floating type of the frozen weights: auto, float32, bfloat16, float16.", "training")
@@ -104,6 +105,7 @@ ALIASES = {
     "max_steps": "steps",
     "eval_steps": "evaluate_every",
     "save_steps": "save_every",
+    "report_to": "track",
     "save_total_limit": "keep",
     "early_stopping_patience": "patience",
     "lr": "learning_rate",

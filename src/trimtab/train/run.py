@@ -35,6 +35,7 @@ from trimtab.train import checkpoint, rundir
 from trimtab.train.interrupt import Interrupt, Stopped
 from trimtab.train.recipe import Recipe, build_method
 from trimtab.train.reporter import Reporter
+from trimtab.train.trackers import names_in, opened
 
 FISHER_ROWS = 256
 SECONDS_BETWEEN = 60.0
@@ -192,6 +193,7 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     metrics = rundir.cut_metrics(job.directory, step)
     model.train()
     tell.start(job.steps, job.steps * rows_per_step, done=(step, counters["rows"]))
+    trackers = opened(names_in(recipe.track), job.directory, job.record)
     started = last_saved = time.perf_counter()
     before = counters["seconds"]
     with open(job.directory / rundir.METRICS, "a", encoding="utf-8") as log, Interrupt() as interrupt:
@@ -242,6 +244,8 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 tell.step(line)
+                for tracker in trackers:
+                    tracker.log({key: value for key, value in line.items() if key != "step"}, step)
 
                 if interrupt.asked or due(recipe, step, last_saved):
                     checkpoint.write(job.directory, model, optimizer, step, counters, best, recipe.keep)
@@ -253,6 +257,8 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                     break
             if out_of_patience(recipe, step, counters["best_step"]):
                 break
+    for tracker in trackers:
+        tracker.close()
     if best:
         checkpoint.put(model, best)
     job.record["kept_step"] = counters["best_step"] if best else step
@@ -276,6 +282,7 @@ def out_of_patience(recipe: Recipe, step: int, best_step: int) -> bool:
 def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Job:
     """Read the data, load the model, attach the method: everything that can be refused is refused here."""
     method = build_method(recipe)
+    names_in(recipe.track)
     directory = rundir.new_directory(recipe) if directory is None else directory
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
