@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -229,3 +230,17 @@ def test_rows_that_make_a_loss_infinite_are_named(
     monkeypatch.setattr(run, "loss_sum", poisoned)
     with pytest.raises(UserError, match=r"step 1: loss nan.*rows \d"):
         tune(replace(recipe, output=str(tmp_path / "nan")))
+
+
+def test_a_changed_chat_template_is_refused_where_the_run_is_used(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    from trimtab.train.rundir import open_run
+
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    directory = tmp_path / "run"
+    tune(replace(recipe, model=str(copy), output=str(directory), steps=2))
+    assert open_run(directory).load("cpu")[0] is not None
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(UserError, match="chat template is not the one"):
+        open_run(directory).load("cpu")

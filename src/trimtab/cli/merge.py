@@ -114,6 +114,11 @@ def loaded(directory: Path, model: str | None, device: str) -> tuple[Run | None,
             f"merge: {model} is not the model this adapter was trained on (trained on fingerprint {known[:12]})",
             fix="name the model it was trained on",
         )
+    words = (record.get("notes") or {}).get("tokenizer")
+    if words:
+        from trimtab.data.encode import require_same_words
+
+        require_same_words(base.tokenizer, words, model)
     load(base.model, directory / "adapter" if folder == directory else directory, trainable=False)
     return None, base.model.eval(), base.tokenizer, "causal", None
 

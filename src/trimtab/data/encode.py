@@ -266,9 +266,25 @@ def inference_prompt(
         raise UserError(f"inference_prompt: {refused}", fix="use a tokenizer with a chat template") from refused
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase, *, template: Template = "auto", separator: str = "") -> str:
-    """sha256 over the template's text, the vocabulary and the special ids: what has to agree between two tokenizers."""
-    return _fingerprint(tokenizer, _wording(tokenizer, template, separator).source)
+def fingerprint(
+    tokenizer: PreTrainedTokenizerBase, *, template: Template = "auto", separator: str = "", worded: bool = True
+) -> str:
+    """sha256 over the template's text, the vocabulary and the special ids: what has to agree between two tokenizers.
+
+    Rows that no template words (labelled ones) have the fingerprint without it: `worded=False`.
+    """
+    return _fingerprint(tokenizer, _wording(tokenizer, template, separator).source if worded else "")
+
+
+def require_same_words(tokenizer: PreTrainedTokenizerBase, trained_with: str, where: str) -> None:
+    """Refuse a tokenizer or chat template other than the one an adapter was trained with."""
+    found = {fingerprint(tokenizer, worded=worded) for worded in (True, False)}
+    if trained_with not in found:
+        raise UserError(
+            f"{where}: its tokenizer or chat template is not the one this adapter was trained with "
+            f"(trained with {trained_with[:12]}, found {min(found)[:12]}), so prompts would be worded otherwise",
+            fix="put the tokenizer files of the base back as they were, or train again",
+        )
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase, source: str) -> str:

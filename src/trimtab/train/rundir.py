@@ -32,6 +32,7 @@ class Run:
     def load(self, device: str = "auto") -> tuple[nn.Module, Any]:
         """The model with the trained adapter, ready to use, and its tokenizer; refuses a base that has changed."""
         from trimtab.core.save import load as load_adapter
+        from trimtab.data.encode import require_same_words
         from trimtab.models.loading import fingerprint
         from trimtab.models.loading import load as load_model
 
@@ -51,6 +52,9 @@ class Run:
                 f"(fingerprint {found[:12]}, trained on {known['fingerprint'][:12]})",
                 fix="use the model of the run, or train again",
             )
+        words = (self.record.get("data", {}).get("report") or {}).get("fingerprint")
+        if words:
+            require_same_words(loaded.tokenizer, words, self.recipe.model)
         if self.recipe.quantize:
             quantize_by_name(loaded.model, self.recipe.quantize)
         load_adapter(loaded.model, self.directory / ADAPTER, trainable=False)
