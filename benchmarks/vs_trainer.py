@@ -4,7 +4,8 @@
 
 DIR holds `glue/SST-2/train.tsv`. Each side runs in processes of its own, alternately, `--rounds` times; the first five
 steps warm up and are not timed. Both start from one LoRA and one classifier and see the same batches in the same order,
-each padded to its longest row, so their losses must agree. Writes `benchmarks/results/vs_trainer-sst2.json`.
+each padded to its longest row, without dropout, so their losses must agree. Writes
+`benchmarks/results/vs_trainer-sst2.json`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,7 +36,7 @@ def job_of(asked: argparse.Namespace) -> Any:
     from trimtab.train.run import prepare
 
     values = {
-        "model": "minilm-l6",
+        "model": str(copy) if (copy := asked.folder / "model").is_dir() else "minilm-l6",
         "data": str(asked.data / "glue" / "SST-2" / "train.tsv"),
         "method": "lora",
         "rank": 8,
@@ -82,6 +84,11 @@ def rows(asked: argparse.Namespace) -> None:
 
     from trimtab.data.batches import batches
 
+    directory = Path(job_of(asked).record["model"]["directory"])
+    shutil.copytree(directory, asked.folder / "model")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (asked.folder / "model" / "config.json").write_text(json.dumps(config))
     job = job_of(asked)
     order = batches(job.train_rows, BATCH, job.recipe.seed, 0, by_length=True)[: asked.steps]
     with open(asked.folder / "rows.jsonl", "w", encoding="utf-8") as out:
@@ -161,9 +168,6 @@ def trainer(asked: argparse.Namespace) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[clock],
     )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # ours trains without the base's dropout where its recipe says so; losses are compared
     loop.train()
     losses = [entry["loss"] for entry in loop.state.log_history if "loss" in entry]
     return {"times": clock.times, "losses": losses, "peak": peak()}
