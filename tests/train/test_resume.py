@@ -244,3 +244,19 @@ def test_a_changed_chat_template_is_refused_where_the_run_is_used(recipe: Recipe
     template.write_text(template.read_text() + " ")
     with pytest.raises(UserError, match="chat template is not the one"):
         open_run(directory).load("cpu")
+
+
+def test_what_a_method_draws_anew_is_forgotten_by_the_optimizer(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ages: list[set[int]] = []
+    plain = checkpoint.write
+
+    def look(run: Path, model: Any, optimizer: Any, step: int, *more: Any) -> None:
+        ages.append({int(state["step"]) for state in optimizer.state.values()})
+        plain(run, model, optimizer, step, *more)
+
+    monkeypatch.setattr(checkpoint, "write", look)
+    job = replace(recipe, method="relora", settings={"rank": 2, "every": 3, "restarts": 1}, steps=5)
+    tune(replace(job, output=str(tmp_path / "rounds")))
+    assert ages == [{1}, {2}, set(), {1}, {2}]

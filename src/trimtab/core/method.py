@@ -79,6 +79,10 @@ class Method(ABC):
         """Called after each optimizer step, its gradients still there (re-allocation); nothing by default."""
         return None
 
+    def stale(self, p: Any, step: int) -> Sequence[Tensor]:
+        """Trained tensors that `on_step` drew anew at this step: the optimizer forgets them; none by default."""
+        return ()
+
     def rate(self, width: int) -> float:
         """The default learning rate for a model of this residual width, to two digits."""
         return float(f"{self.learning_rate * (1024 / width) ** self.width_power:.1e}")

@@ -30,8 +30,9 @@ def low_rank_product(x: Tensor, base: Base, A: Tensor, B: Tensor) -> Tensor:
 
 def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
     """The dense frozen weight (out, in) of an unpatched linear in eager mode on plain tensors, else None."""
-    watched = torch._C._len_torch_dispatch_stack() > 0  # a mode that keeps or counts what single operators return
-    if watched or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if torch._C._len_torch_dispatch_stack() > 0:  # a mode that keeps or counts what single operators return
         return None
     if type(base) is not LinearBase:
         return None

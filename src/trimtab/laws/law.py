@@ -45,7 +45,7 @@ class Law:
     once: bool = False
     """Whether it speaks of the method alone, so that one case is enough."""
     slow: Callable[[Case], bool] = lambda case: False
-    """Which cases take seconds."""
+    """Which cases take seconds. They are also those that depend on the host or format and hardly on the method."""
 
     def __call__(self, case: Case) -> None:
         self.holds(case)

@@ -219,6 +219,8 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                 step += 1
                 for delta in deltas:
                     delta.method.on_step(delta, step)
+                    for tensor in delta.method.stale(delta, step):
+                        optimizer.state.pop(tensor, None)
                 optimizer.zero_grad(set_to_none=True)
 
                 counters["rows"] += len(rows)
