@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trimtab.engine.faster import running
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
 from trimtab.train.run import prepare, train
@@ -94,7 +93,7 @@ def main() -> None:
         job = prepare(recipe_from({**values, "steps": asked.steps}), Reporter())
         job.directory.mkdir(parents=True, exist_ok=True)
         job = replace(job, steps=asked.steps)
-        with running(job.model, packed=job.packing != "off"):
+        with job.running():
             train(replace(job, steps=2), Reporter())
             started = time.perf_counter()
             lines = train(job, Reporter())

@@ -82,7 +82,6 @@ def order_of(job: Any, steps: int) -> list[list[int]]:
 
 def ours(asked: argparse.Namespace) -> dict[str, Any]:
     """Time our loop."""
-    from trimtab.engine.faster import running
     from trimtab.train.reporter import Reporter
     from trimtab.train.run import train
 
@@ -94,7 +93,7 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
 
     job, clock = job_of(asked), Clock()
     loaded = peak()
-    with running(job.model, packed=job.packing != "off"):
+    with job.running():
         lines = train(job, clock)
     return {"times": clock.times, "losses": [line["loss"] for line in lines], "peak": peak(), "loaded": loaded}
 

@@ -1,8 +1,11 @@
 """Packing: the rows of a step as one sequence without padding, in which what rows have in common stands once.
 
-Rows that start with the same tokens (system prompt, template, question) share a segment; their different rests are
-segments that continue it: a tree of any depth. A causal model computes exactly what it would for each row alone, as
-long as attention follows the tree (`trimtab.engine.attention`) and positions count from each row's start.
+For a causal model, a `Pack`. Rows that start with the same tokens (system prompt, template, question) share a segment;
+their different rests are segments that continue it: a tree of any depth. A causal model computes exactly what it would
+for each row alone, as long as attention follows the tree (`trimtab.engine.attention`) and positions count from each
+row's start.
+
+For an encoder with a label per row, a `Bag`: nothing is shared, since every token sees its whole row.
 """
 
 from __future__ import annotations
@@ -58,6 +61,54 @@ class Pack:
         """The same pack with its tensors on a device."""
         moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
         return Pack(**{**vars(self), **moved})
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Labelled rows as one sequence: `ids`, `positions` and `types` (1, tokens), `labels` (rows,).
+
+    Attention gathers each row's tokens by `places` (rows, longest), where `real` (rows, 1, 1, longest) is true, and
+    lays them end to end again by `back` (tokens,); what a row's label is read from stands at `first` (rows,).
+    """
+
+    ids: Tensor
+    positions: Tensor
+    types: Tensor | None
+    labels: Tensor
+    first: Tensor
+    places: Tensor
+    real: Tensor
+    back: Tensor
+
+    @property
+    def terms(self) -> int:
+        """Rows."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Bag:
+        """The same bag with its tensors on a device."""
+        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return Bag(**{**vars(self), **moved})
+
+
+def bag(rows: Sequence[Encoded], first_position: int = 0) -> Bag:
+    """Labelled rows end to end; each row's positions count from `first_position`."""
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    first = lengths.cumsum(0) - lengths
+    at = torch.arange(int(lengths.max()))
+    real = at < lengths[:, None]
+    kind = torch.float32 if any(isinstance(row.label, float) for row in rows) else torch.int64
+    types = [one for row in rows for one in (row.types or [0] * len(row.ids))]
+    return Bag(
+        ids=torch.tensor([[token for row in rows for token in row.ids]]),
+        positions=torch.tensor([[first_position + place for row in rows for place in range(len(row.ids))]]),
+        types=torch.tensor([types]) if any(row.types is not None for row in rows) else None,
+        labels=torch.tensor([row.label for row in rows], dtype=kind),
+        first=first,
+        places=torch.where(real, first[:, None] + at, first[:, None]),
+        real=real[:, None, None],
+        back=real.flatten().nonzero().squeeze(1),
+    )
 
 
 def pack(rows: Sequence[Encoded], share: int | None = SHARE) -> Pack:

@@ -1,7 +1,8 @@
-"""Attention along the segments of a pack, registered with transformers' attention interface under our name.
+"""Attention within packed rows, registered with transformers' attention interface under our name.
 
-Each segment's queries meet the keys of its ancestors and, causally, its own: no mask over the whole pack is ever made,
-and the cost is that of the rows alone, less what they share.
+In a pack each segment's queries meet the keys of its ancestors and, causally, its own: no mask over the whole pack is
+ever made, and the cost is that of the rows alone, less what they share. The rows of a bag are short: they are gathered
+into one padded batch for attention only, everything else runs on real tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trimtab.core.delta import state_of
 from trimtab.core.method import InputMethod
-from trimtab.data.packing import Segment
+from trimtab.data.packing import Bag, Segment
 
 NAME = "trimtab_segments"
 
@@ -29,7 +31,7 @@ def segment_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: Sequence[Segment] | None = None,
+    segments: Sequence[Segment] | Bag | None = None,
     **options: Any,  # whatever transformers passes to every attention function
 ) -> tuple[Tensor, None]:
     """Attention over one pack: query (1, heads, tokens, width), key and value with as many heads or fewer.
@@ -40,6 +42,8 @@ def segment_attention(
 
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    if isinstance(segments, Bag):
+        return attention_in(segments, query, key, value, scaling, dropout if module.training else 0.0), None
     lengths = [segment.stop - segment.start for segment in segments]
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
@@ -64,6 +68,53 @@ def segment_attention(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
+def attention_in(rows: Bag, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, rate: float) -> Tensor:
+    """Attention of every token of a bag to its whole row; (1, tokens, heads, width)."""
+    count, longest = rows.places.shape
+
+    def padded(x: Tensor) -> Tensor:
+        """(1, heads, tokens, width) -> (rows, heads, longest, width)."""
+        gathered = _Padded.apply(x[0].transpose(0, 1).flatten(1), rows.places.flatten(), rows.back)
+        return gathered.view(count, longest, x.shape[1], x.shape[3]).transpose(1, 2)
+
+    grouped = query.shape[1] != key.shape[1]
+    q, k, v = padded(query), padded(key), padded(value)
+    y = F.scaled_dot_product_attention(q, k, v, rows.real, rate, scale=scaling, enable_gqa=grouped)
+    y = _Unpadded.apply(y.transpose(1, 2).flatten(2).flatten(0, 1), rows.back)
+    return y.view(1, -1, query.shape[1], query.shape[3])
+
+
+class _Padded(torch.autograd.Function):
+    """Rows of x by index, with repeats where nothing real stands: those get no gradient, so it needs no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return dy.reshape(-1, dy.shape[-1]).index_select(0, back), None, None
+
+
+class _Unpadded(torch.autograd.Function):
+    """The rows of y at which something real stands."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.rows = y.shape[0]
+        return y.index_select(0, back)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return dy.new_zeros(ctx.rows, dy.shape[1]).index_copy_(0, back, dy), None
+
+
 def causal_after(queries: int, keys: int, device: torch.device) -> Tensor:
     """(queries, keys) bool: the last `queries` of `keys` positions see everything up to themselves."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -75,6 +126,11 @@ def can_pack(model: nn.Module, longest: int) -> bool:
     Not packed: sliding windows shorter than a row, capped scores, state-space layers, and adapters that reserve or read
     positions of a padded batch.
     """
+    return plain_attention(model, longest) and not reads_positions(model)
+
+
+def plain_attention(model: nn.Module, longest: int) -> bool:
+    """Whether every token of rows this long meets its whole row, by attention functions that can be replaced."""
     config: Any = getattr(model, "config", None)
     if config is None or not getattr(model, "_supports_attention_backend", False):
         return False
@@ -82,11 +138,15 @@ def can_pack(model: nn.Module, longest: int) -> bool:
     window = getattr(text, "sliding_window", None)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     capped = getattr(text, "attn_logit_softcapping", None)
-    if capped or not kinds <= {"full_attention", "sliding_attention"} or (window and window < longest):
-        return False
+    window = min(filter(None, (window, getattr(text, "local_attention", None))), default=longest)
+    return not capped and kinds <= {"full_attention", "sliding_attention"} and window >= longest
+
+
+def reads_positions(model: nn.Module) -> bool:
+    """Whether an attached method reserves or reads positions of a padded batch."""
     state = state_of(model)
     parts = [part for adapter in state.adapters.values() for part in adapter.parts] if state else []
-    return not any(isinstance(p.method, InputMethod) or getattr(p.method, "reads_batch", False) for p in parts)
+    return any(isinstance(p.method, InputMethod) or getattr(p.method, "reads_batch", False) for p in parts)
 
 
 @contextmanager

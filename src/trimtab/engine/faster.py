@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trimtab.core.swap import swap, unswap
 from trimtab.engine.attention import segments_in
 from trimtab.engine.checkpointing import checkpointing
+from trimtab.engine.encoder import Seam, first_tokens
 from trimtab.engine.kernels import GATES, gated, rms_norm
 
 PIECES = ("norms", "gates")
@@ -39,9 +40,17 @@ def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[
 
 
 @contextmanager
-def running(model: nn.Module, *, packed: bool, pieces: tuple[str, ...] = PIECES, policy: str = "off") -> Iterator[None]:
-    """What a model is trained and measured in: segment attention for packed rows, fast pieces, checkpointing."""
-    with segments_in(model) if packed else nullcontext(), faster(model, pieces), checkpointing(model, policy):
+def running(
+    model: nn.Module,
+    *,
+    packed: bool,
+    seam: Seam | None = None,
+    pieces: tuple[str, ...] = PIECES,
+    policy: str = "off",
+) -> Iterator[None]:
+    """What a model is trained and measured in: attention for packed rows, fast pieces, checkpointing."""
+    attention = segments_in(model) if packed else nullcontext()
+    with attention, first_tokens(model, seam), faster(model, pieces), checkpointing(model, policy):
         yield
 
 

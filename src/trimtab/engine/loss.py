@@ -13,26 +13,36 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.core.batch import prompts
 from trimtab.data.batches import IGNORED, token_count
-from trimtab.data.packing import Pack
+from trimtab.data.packing import Bag, Pack
+from trimtab.engine.encoder import outputs
+
+Batch = dict[str, Tensor] | Pack | Bag
+"""Rows as a padded batch, or as one sequence."""
 
 
-def loss_sum(model: nn.Module, batch: dict[str, Tensor] | Pack, task: str) -> tuple[Tensor, Tensor]:
+def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
     """(summed loss, outputs) of one batch; divide by the number of trained terms of the whole step.
 
     causal: -Σ log p(token | before) over trained tokens, outputs none; classify: -Σ log p(class), outputs
-    (rows, classes); regress: Σ (y − ŷ)², outputs (rows,). A pack is causal, and its model runs inside
-    `trimtab.engine.attention.segments_in`.
+    (rows, classes); regress: Σ (y − ŷ)², outputs (rows,). A pack is causal, a bag is labelled, and their model runs
+    inside `trimtab.engine.faster.running`.
     """
     if isinstance(batch, Pack):
         inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "segments": batch.segments}
         return causal_loss(model, inputs, (0, batch.sources), batch.targets, batch.weights)
+    if isinstance(batch, Bag):
+        return labelled_loss(outputs(model, batch), batch.labels, task)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
     if task == "causal":
         keep = F.pad(labels[:, 1:] != IGNORED, (0, 1))
         with prompts(model, labels):
             return causal_loss(model, inputs, keep, labels[:, 1:][keep[:, :-1]], None)
-    logits = model(**inputs).logits
+    return labelled_loss(model(**inputs).logits, labels, task)
+
+
+def labelled_loss(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
+    """(summed loss, outputs) of rows with a class or a number each."""
     if task == "regress":
         values = logits.squeeze(-1).float()
         return F.mse_loss(values, labels.float(), reduction="sum"), values
@@ -55,14 +65,14 @@ def causal_loss(
     return loss, loss.new_empty(0)
 
 
-def terms_of(batch: dict[str, Tensor] | Pack) -> int:
+def terms_of(batch: Batch) -> int:
     """How many terms the loss of a batch sums over."""
-    return batch.terms if isinstance(batch, Pack) else token_count(batch)
+    return token_count(batch) if isinstance(batch, dict) else batch.terms
 
 
-def on(batch: dict[str, Tensor] | Pack, device: torch.device) -> dict[str, Tensor] | Pack:
+def on(batch: Batch, device: torch.device) -> Batch:
     """The same batch on a device."""
-    return batch.to(device) if isinstance(batch, Pack) else {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(device) for key, value in batch.items()} if isinstance(batch, dict) else batch.to(device)
 
 
 @contextmanager

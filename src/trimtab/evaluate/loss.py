@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from torch import nn
 
 from trimtab.data.batches import batches, collate
 from trimtab.data.encode import Encoded
-from trimtab.data.packing import Pack, pack
-from trimtab.engine.loss import loss_sum, on, terms_of
+from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 
 
 @torch.no_grad()
@@ -23,16 +23,18 @@ def evaluate(
     pad_id: int,
     *,
     batch_size: int = 8,
-    packed: bool = False,
+    together: Callable[[Sequence[Encoded]], Batch] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Held-out measures over all rows; no logits are kept.
 
-    `packed` rows share a sequence without padding (a causal model inside `trimtab.engine.attention.segments_in`).
+    `together` makes one batch of some rows, by default a padded one; packed rows want a model inside
+    `trimtab.engine.faster.running`.
     causal: loss per trained token and perplexity; classify: loss per row and accuracy; regress: mean squared error and
     Pearson correlation.
     """
     device = next(model.parameters()).device
+    together = together or partial(collate, pad_id=pad_id)
     training = model.training
     model.eval()
     total, terms, right = 0.0, 0, 0
@@ -40,14 +42,15 @@ def evaluate(
     done = 0
     for group in batches(rows, batch_size, 0, 0, shuffle=False, by_length=True):
         chosen = [rows[index] for index in group]
-        batch = on(pack(chosen) if packed else collate(chosen, pad_id), device)
+        batch = on(together(chosen), device)
         summed, outputs = loss_sum(model, batch, task)
         total += float(summed)
         terms += terms_of(batch)
-        if not isinstance(batch, Pack) and task == "classify":
-            right += int((outputs.argmax(-1) == batch["labels"]).sum())
-        elif not isinstance(batch, Pack) and task == "regress":
-            pairs += zip(outputs.tolist(), batch["labels"].tolist(), strict=True)
+        if task == "classify":
+            labels = torch.tensor([one.label for one in chosen], device=device)
+            right += int((outputs.argmax(-1) == labels).sum())
+        elif task == "regress":
+            pairs += zip(outputs.tolist(), (float(one.label or 0) for one in chosen), strict=True)
         done += len(group)
         if progress is not None:
             progress(done, len(rows))

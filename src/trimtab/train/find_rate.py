@@ -15,7 +15,6 @@ import torch
 
 from trimtab.core.save import write_together
 from trimtab.data.batches import batches
-from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum, terms_of
 from trimtab.train import checkpoint
 from trimtab.train.recipe import Recipe
@@ -49,7 +48,7 @@ def find_rate(
     rates = tuple(job.rate * 10 ** (-2 + 3 * at / (steps - 1)) for at in range(steps))
     tell.stage(f"trying {steps} learning rates from {rates[0]:.1e} to {rates[-1]:.1e}")
     start = checkpoint.taken(job.model)
-    with running(job.model, packed=job.packing != "off", pieces=job.pieces, policy=recipe.checkpointing):
+    with job.running():
         losses = sweep(job, rates)
     checkpoint.put(job.model, start)
     smooth = smoothed(losses)

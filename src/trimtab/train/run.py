@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from trimtab.core.method import Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
 from trimtab.data.batches import batches, collate
-from trimtab.data.encode import EncodedSet, encode_all, labels_of
+from trimtab.data.encode import Encoded, EncodedSet, encode_all, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
-from trimtab.data.packing import SHARE, Pack, pack
+from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
 from trimtab.engine.attention import can_pack
+from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES, running
-from trimtab.engine.loss import loss_sum, on, terms_of
+from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint
 from trimtab.models.loading import load as load_model
@@ -72,23 +74,34 @@ class Job:
     heldout_rows: EncodedSet
     pad_id: int
     packing: str
+    seam: Seam | None
     pieces: tuple[str, ...]
     rate: float
     steps: int
     steps_per_epoch: int
     record: dict[str, Any]
 
-    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor] | Pack:
-        """Some training rows as one pack, or padded."""
-        rows = [self.train_rows[index] for index in indices]
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some training rows as one batch, on the model's device."""
+        return on(self.together([self.train_rows[index] for index in indices]), self.device)
+
+    def together(self, rows: Sequence[Encoded]) -> Batch:
+        """Rows as one sequence, or padded."""
         if self.packing == "off":
-            return on(collate(rows, self.pad_id), self.device)
-        return on(pack(rows, SHARE if self.packing == "shared" else None), self.device)
+            return collate(rows, self.pad_id)
+        if self.seam is not None:
+            return bag(rows, self.seam.first_position)
+        return pack(rows, SHARE if self.packing == "shared" else None)
+
+    def running(self) -> AbstractContextManager[None]:
+        """What the model is trained and measured in."""
+        packed, policy = self.packing != "off", self.recipe.checkpointing
+        return running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy)
 
     def measure(self) -> dict[str, Any]:
         """The held-out measures of the model as it is."""
-        size, packed = self.recipe.batch_size, self.packing != "off"
-        return evaluate(self.model, self.heldout_rows, self.task, self.pad_id, batch_size=size, packed=packed)
+        size = self.recipe.batch_size
+        return evaluate(self.model, self.heldout_rows, self.task, self.pad_id, batch_size=size, together=self.together)
 
 
 def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
@@ -126,7 +139,7 @@ def resume(directory: str | Path, reporter: Reporter | None = None) -> Result:
 def carry_out(job: Job, tell: Reporter) -> Result:
     """Measure, train, measure, save."""
     record, recipe = job.record, job.recipe
-    with running(job.model, packed=job.packing != "off", pieces=job.pieces, policy=recipe.checkpointing):
+    with job.running():
         if "before" not in record:
             tell.stage("measuring the untuned model")
             activate(job.model, None)
@@ -323,7 +336,8 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
     rate = recipe.learning_rate if recipe.learning_rate is not None else parts[0].method.rate(width_of(model))
     tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {rate:g}")
     longest = max(len(row.ids) for part_rows in (train_rows, heldout_rows) for row in part_rows)
-    packing = packing_of(recipe, model, task, longest)
+    seam = None if task == "causal" or recipe.packing == "off" else seam_of(model, train_rows, pad_id)
+    packing = packing_of(recipe, model, task, longest, seam)
     tell.note(f"packing: {packing}")
 
     steps_per_epoch = math.ceil(len(train_rows) / (recipe.batch_size * recipe.accumulation))
@@ -368,6 +382,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
         heldout_rows=heldout_rows,
         pad_id=pad_id,
         packing=packing,
+        seam=seam,
         pieces=PIECES if recipe.faster else (),
         rate=rate,
         steps=steps,
@@ -444,11 +459,15 @@ def measured(
     return found
 
 
-def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int) -> str:
+def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: Seam | None) -> str:
     """How rows are batched: `shared`, `plain` or `off`. Shared beginnings need a pass without dropout to be exact."""
-    if recipe.packing == "off" or task != "causal":
+    if recipe.packing == "off":
         return "off"
-    if not can_pack(model, longest):
+    if task != "causal" and recipe.packing == "shared":
+        raise UserError("packing: labelled rows cannot share beginnings: every token sees all", fix="packing: plain")
+    if task != "causal" and seam is not None:
+        return "plain"
+    if task != "causal" or not can_pack(model, longest):
         if recipe.packing == "auto":
             return "off"
         raise UserError(f"packing: {recipe.packing} is not exact for this model or method", fix="packing: off")

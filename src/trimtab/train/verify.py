@@ -26,7 +26,7 @@ from trimtab.core.quantized import quantized_modules
 from trimtab.core.save import adapter_tensors, load, save
 from trimtab.data.batches import batches, collate
 from trimtab.data.encode import Encoded
-from trimtab.data.packing import SHARE, pack
+from trimtab.data.packing import SHARE, bag, pack
 from trimtab.engine.attention import can_pack
 from trimtab.engine.checkpointing import POLICIES, checkpointing
 from trimtab.engine.faster import running
@@ -86,7 +86,12 @@ def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
         "accumulated = alone, last window short": lambda: gradients(job, [padded(job, part) for part in parts]),
     }
     packing = job.task == "causal" and can_pack(job.model, max(len(row.ids) for row in rows))
-    if packing:
+    if job.seam is not None:
+        start = job.seam.first_position
+        ways["packed = alone"] = lambda: gradients(job, [bag(rows, start)])
+        ways["packed and accumulated = alone"] = lambda: gradients(job, [bag(part, start) for part in parts])
+        ways["fast pieces = alone"] = lambda: gradients(job, [bag(rows, start)], job.pieces)
+    elif packing:
         ways["packed = alone"] = lambda: gradients(job, [pack(rows, None)])
         ways["packed with common beginnings = alone"] = lambda: gradients(job, [pack(rows, SHARE)])
         ways["packed and accumulated = alone"] = lambda: gradients(job, [pack(part, SHARE) for part in parts])
@@ -103,7 +108,7 @@ def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
             found.append(Check(name, None, note=error.message))
             continue
         found.append(Check(name, apart <= bound, apart, bound, worst))
-    if not packing:
+    if not packing and job.seam is None:
         found.append(Check("packed = alone", None, note="this model, task or method is not packed"))
     return found
 
@@ -120,7 +125,8 @@ def gradients(job: Job, parts: Sequence[Any], pieces: tuple[str, ...] = ()) -> d
     model, terms = job.model, sum(terms_of(part) for part in parts)
     model.zero_grad(set_to_none=True)
     for part in parts:
-        with running(model, packed=not isinstance(part, dict), pieces=pieces):
+        packed = not isinstance(part, dict)
+        with running(model, packed=packed, seam=job.seam if packed else None, pieces=pieces):
             (loss_sum(model, on(part, job.device), job.task)[0] / terms).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
