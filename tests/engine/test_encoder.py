@@ -30,6 +30,7 @@ from trimtab.engine.checkpointing import POLICIES
 from trimtab.engine.encoder import Seam, exact, seam_of
 from trimtab.engine.faster import running
 from trimtab.engine.loss import Batch, loss_sum, terms_of
+from trimtab.engine.row_attention import row_attention
 
 WORDS, PAD = 61, 1
 SMALL: dict[str, Any] = dict(
@@ -182,3 +183,36 @@ def test_a_wrong_seam_is_found_out() -> None:
     assert exact(model, right, rows(), PAD)
     assert not exact(model, Seam(right.path, 0), rows(), PAD)
     assert not exact(model, Seam("roberta.encoder.layer.1", right.first_position), rows(), PAD)
+
+
+def test_long_rows_take_torchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = tuned("bert"), rows()
+    seam = seam_of(model, given, PAD)
+    expected = gradients(model, [collate([row], PAD) for row in given], None)
+    monkeypatch.setattr("trimtab.engine.row_attention.SHORT", 6)
+    same(gradients(model, [bag(given)], seam), expected)
+
+
+def test_dropped_scores_keep_their_mean_and_gradient() -> None:
+    packed = bag([Encoded([5] * length, [False] * length, 0) for length in (3, 5, 4)])
+    q, k, v = (torch.randn(1, 2, 12, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        plain = row_attention(packed, q, k, v, None, 0.0)
+        mean = torch.stack([row_attention(packed, q, k, v, None, 0.3) for _ in range(600)]).mean(0)
+    assert (mean - plain).abs().max() < 0.15
+    assert torch.autograd.gradcheck(lambda *inputs: dropped_with(packed, inputs), (q, k, v))
+
+
+def dropped_with(packed: Any, inputs: Any) -> torch.Tensor:
+    """Attention with the same drops every time."""
+    torch.manual_seed(1)
+    result: torch.Tensor = row_attention(packed, *inputs, None, 0.3)
+    return result
+
+
+def test_groups_pad_little() -> None:
+    packed = bag(rows())
+    assert [one.places.shape[1] for one in packed.groups] == [6, 20]
+    assert packed.groups[-1].stop == packed.ids.shape[1] == sum(len(row.ids) for row in rows())
+    for row, start in zip(rows(), packed.first.tolist(), strict=True):
+        assert packed.ids[0, start : start + len(row.ids)].tolist() == row.ids

@@ -23,6 +23,9 @@ from trimtab.data.encode import Encoded
 SHARE = 16
 """Fewest common tokens worth a segment of their own."""
 
+WASTE = 2.0
+"""Scores of a padded group of labelled rows at most, over those of its rows alone."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -64,21 +67,34 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Bag:
-    """Labelled rows as one sequence: `ids`, `positions` and `types` (1, tokens), `labels` (rows,).
+class Rows:
+    """Neighbouring rows of a bag, of like length: its tokens from `start` to `stop`.
 
-    Attention gathers each row's tokens by `places` (rows, longest), where `real` (rows, 1, 1, longest) is true, and
-    lays them end to end again by `back` (tokens,); what a row's label is read from stands at `first` (rows,).
+    `places` (rows, longest) says where each row's tokens are among them, where `real` (rows, longest) is true, and
+    `back` (tokens,) where each token stands in the flattened `places`.
+    """
+
+    start: int
+    stop: int
+    places: Tensor
+    real: Tensor
+    back: Tensor
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Labelled rows as one sequence: `ids`, `positions` and `types` (1, tokens).
+
+    The rows stand shortest first; `first` and `labels` (rows,) are in the order they were given, the first token of
+    each row and its label.
     """
 
     ids: Tensor
     positions: Tensor
     types: Tensor | None
-    labels: Tensor
     first: Tensor
-    places: Tensor
-    real: Tensor
-    back: Tensor
+    labels: Tensor
+    groups: tuple[Rows, ...]
 
     @property
     def terms(self) -> int:
@@ -87,28 +103,57 @@ class Bag:
 
     def to(self, device: torch.device) -> Bag:
         """The same bag with its tensors on a device."""
-        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
-        return Bag(**{**vars(self), **moved})
+        if self.ids.device == device:
+            return self
+        groups = tuple(Rows(one.start, one.stop, *(t.to(device) for t in tensors_of(one))) for one in self.groups)
+        return Bag(*(t.to(device) if isinstance(t, Tensor) else t for t in list(vars(self).values())[:-1]), groups)
+
+
+def tensors_of(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors of a group."""
+    return rows.places, rows.real, rows.back
 
 
 def bag(rows: Sequence[Encoded], first_position: int = 0) -> Bag:
     """Labelled rows end to end; each row's positions count from `first_position`."""
-    lengths = torch.tensor([len(row.ids) for row in rows])
-    first = lengths.cumsum(0) - lengths
-    at = torch.arange(int(lengths.max()))
-    real = at < lengths[:, None]
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))
+    lengths = torch.tensor([len(rows[row].ids) for row in order])
+    ends = lengths.cumsum(0)
+    first = torch.empty_like(lengths)
+    first[order] = ends - lengths
     kind = torch.float32 if any(isinstance(row.label, float) for row in rows) else torch.int64
-    types = [one for row in rows for one in (row.types or [0] * len(row.ids))]
+    types = [one for row in order for one in (rows[row].types or [0] * len(rows[row].ids))]
+    groups, begin = [], 0
+    for end in cuts(lengths.tolist()):
+        groups.append(group(lengths[begin:end], int(ends[begin] - lengths[begin])))
+        begin = end
     return Bag(
-        ids=torch.tensor([[token for row in rows for token in row.ids]]),
-        positions=torch.tensor([[first_position + place for row in rows for place in range(len(row.ids))]]),
+        ids=torch.tensor([[token for row in order for token in rows[row].ids]]),
+        positions=torch.tensor([[first_position + at for row in order for at in range(len(rows[row].ids))]]),
         types=torch.tensor([types]) if any(row.types is not None for row in rows) else None,
-        labels=torch.tensor([row.label for row in rows], dtype=kind),
         first=first,
-        places=torch.where(real, first[:, None] + at, first[:, None]),
-        real=real[:, None, None],
-        back=real.flatten().nonzero().squeeze(1),
+        labels=torch.tensor([row.label for row in rows], dtype=kind),
+        groups=tuple(groups),
     )
+
+
+def cuts(lengths: Sequence[int]) -> list[int]:
+    """Where groups of rows end, shortest first: padding at most doubles the scores of a group."""
+    found, begin, scores = [], 0, 0
+    for at, length in enumerate(lengths):
+        if at > begin and length**2 * (at + 1 - begin) > WASTE * (scores + length**2):
+            found.append(at)
+            begin, scores = at, 0
+        scores += length**2
+    return [*found, len(lengths)]
+
+
+def group(lengths: Tensor, start: int) -> Rows:
+    """Rows of these lengths, from token `start` of a bag."""
+    at, first = torch.arange(int(lengths.max())), lengths.cumsum(0) - lengths
+    real = at < lengths[:, None]
+    places = torch.where(real, first[:, None] + at, first[:, None])
+    return Rows(start, start + int(lengths.sum()), places, real, real.flatten().nonzero().squeeze(1))
 
 
 def pack(rows: Sequence[Encoded], share: int | None = SHARE) -> Pack:

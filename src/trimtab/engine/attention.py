@@ -1,8 +1,7 @@
 """Attention within packed rows, registered with transformers' attention interface under our name.
 
 In a pack each segment's queries meet the keys of its ancestors and, causally, its own: no mask over the whole pack is
-ever made, and the cost is that of the rows alone, less what they share. The rows of a bag are short: they are gathered
-into one padded batch for attention only, everything else runs on real tokens.
+ever made, and the cost is that of the rows alone, less what they share. In a bag every token meets its whole row.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from trimtab.core.delta import state_of
 from trimtab.core.method import InputMethod
 from trimtab.data.packing import Bag, Segment
+from trimtab.engine.row_attention import row_attention
 
 NAME = "trimtab_segments"
 
@@ -43,7 +42,7 @@ def segment_attention(
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     if isinstance(segments, Bag):
-        return attention_in(segments, query, key, value, scaling, dropout if module.training else 0.0), None
+        return row_attention(segments, query, key, value, scaling, dropout if module.training else 0.0), None
     lengths = [segment.stop - segment.start for segment in segments]
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
@@ -66,53 +65,6 @@ def segment_attention(
         )
         outputs.append(y)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
-
-
-def attention_in(rows: Bag, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, rate: float) -> Tensor:
-    """Attention of every token of a bag to its whole row; (1, tokens, heads, width)."""
-    count, longest = rows.places.shape
-
-    def padded(x: Tensor) -> Tensor:
-        """(1, heads, tokens, width) -> (rows, heads, longest, width)."""
-        gathered = _Padded.apply(x[0].transpose(0, 1).flatten(1), rows.places.flatten(), rows.back)
-        return gathered.view(count, longest, x.shape[1], x.shape[3]).transpose(1, 2)
-
-    grouped = query.shape[1] != key.shape[1]
-    q, k, v = padded(query), padded(key), padded(value)
-    y = F.scaled_dot_product_attention(q, k, v, rows.real, rate, scale=scaling, enable_gqa=grouped)
-    y = _Unpadded.apply(y.transpose(1, 2).flatten(2).flatten(0, 1), rows.back)
-    return y.view(1, -1, query.shape[1], query.shape[3])
-
-
-class _Padded(torch.autograd.Function):
-    """Rows of x by index, with repeats where nothing real stands: those get no gradient, so it needs no sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return dy.reshape(-1, dy.shape[-1]).index_select(0, back), None, None
-
-
-class _Unpadded(torch.autograd.Function):
-    """The rows of y at which something real stands."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.rows = y.shape[0]
-        return y.index_select(0, back)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return dy.new_zeros(ctx.rows, dy.shape[1]).index_copy_(0, back, dy), None
 
 
 def causal_after(queries: int, keys: int, device: torch.device) -> Tensor:
