@@ -21,7 +21,10 @@ _HOME = {
     "load": "core.save",
     "quantize": "core.quantized",
     "dequantize": "core.quantized",
+    "as_lora": "core.as_lora",
+    "covariance": "core.fisher",
     "fisher": "core.fisher",
+    "gradient": "core.fisher",
     "select": "core.select",
     "Method": "core.method",
     "WeightMethod": "core.method",
@@ -30,6 +33,7 @@ _HOME = {
     "Site": "core.site",
     "Base": "core.site",
     "Format": "core.format",
+    "Start": "core.start",
     "UserError": "core.errors",
     "register": "core.registry",
     "methods": "catalog",
@@ -58,12 +62,10 @@ def __getattr__(name: str) -> Any:
         from trimtab.core.registry import find
 
         presets = importlib.import_module("trimtab.presets")
-        if hasattr(presets, name):
-            return getattr(presets, name)
-        for kind in ("methods", "storage"):
+        for kind in ("start", "presets", "methods", "storage"):
             try:
-                return find(name, kind)
-            except UserError:
+                return getattr(presets, name) if kind == "presets" else find(name, kind)
+            except (UserError, AttributeError):
                 continue
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
 

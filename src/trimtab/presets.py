@@ -24,3 +24,44 @@ def RsLoRA(rank: int = 64, alpha: float = 16.0, dropout: float = 0.0) -> object:
 def PTuningV2(length: int = 20) -> object:
     """Prefix tuning without the reparametrization (arXiv 2110.07602)."""
     return find("prefix_tuning")(length=length, hidden=None)
+
+
+def PiSSA(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, iterations: int | None = 8) -> object:
+    """LoRA that starts as the largest singular triplets of W, W0 = W − s·B A; with --quantize QPiSSA (2404.02948)."""
+    start = find("pissa", "start")(iterations=iterations)
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=start)
+
+
+def MiLoRA(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0) -> object:
+    """LoRA that starts as the smallest singular triplets of W, W0 = W − s·B A (arXiv 2406.09044)."""
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("milora", "start")())
+
+
+def OLoRA(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0) -> object:
+    """LoRA that starts as the first columns of Q R = W, W0 = W − s·B A (arXiv 2406.01775)."""
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("olora", "start")())
+
+
+def EVA(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, spread: float = 1.0) -> object:
+    """LoRA whose A starts as the principal directions of a layer's inputs (arXiv 2410.07170)."""
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("eva", "start")(spread=spread))
+
+
+def CorDA(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, part: str = "largest") -> object:
+    """LoRA that starts as components of W weighted by the covariance of its inputs (arXiv 2406.05223)."""
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("corda", "start")(part=part))
+
+
+def LoRAGA(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, gamma: float = 16.0) -> object:
+    """LoRA that starts from the singular vectors of the gradient (arXiv 2407.05000)."""
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("lora_ga", "start")(gamma=gamma))
+
+
+def LoftQ(rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, rounds: int = 5) -> object:
+    """LoRA that starts from what quantizing W loses; needs --quantize (arXiv 2310.08659)."""
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("loftq", "start")(rounds=rounds))
+
+
+def LQLoRA(rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, rounds: int = 10) -> object:
+    """LoRA beside quantized W where the loss is most sensitive; needs --quantize (arXiv 2311.12023)."""
+    return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("lq_lora", "start")(rounds=rounds))

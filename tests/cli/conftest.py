@@ -62,6 +62,11 @@ def save_model(directory: Path, chat: bool, architecture: str = "llama", seed: i
         ids = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
         config = transformers.LlamaConfig(**sizes, **ids, num_key_value_heads=2, tie_word_embeddings=True)
         model = transformers.LlamaForCausalLM(config)
+    elif architecture == "t5":
+        start = {"decoder_start_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
+        sizes = {"vocab_size": len(words), "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+        config = transformers.T5Config(**sizes, **start, pad_token_id=words.pad_token_id, dropout_rate=0.0)
+        model = transformers.T5ForConditionalGeneration(config)
     else:
         model = transformers.BertModel(transformers.BertConfig(**sizes, pad_token_id=words.pad_token_id))
     model.save_pretrained(directory)

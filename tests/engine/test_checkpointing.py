@@ -15,7 +15,7 @@ from trimtab.core.errors import UserError
 from trimtab.data.batches import collate
 from trimtab.data.packing import pack
 from trimtab.engine import checkpointing as module
-from trimtab.engine.checkpointing import POLICIES, blocks_of, checkpointing
+from trimtab.engine.checkpointing import POLICIES, checkpointing, stacks_of
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum
 
@@ -109,9 +109,16 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 def test_the_blocks_are_the_deepest_stack_and_come_back_as_they_were() -> None:
     model = llama()
-    assert blocks_of(model) == list(model.model.layers)
+    assert stacks_of(model) == [list(model.model.layers)]
     before = [type(block) for block in model.model.layers]
     with checkpointing(model, "sqrt"):
         assert [type(block) for block in model.model.layers] != before
     assert [type(block) for block in model.model.layers] == before
     assert not any("_trimtab_again" in block.__dict__ for block in model.model.layers)
+
+
+def test_both_stacks_of_an_encoder_decoder_run_again() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(vocab_size=30, d_model=16, d_ff=24, d_kv=4, num_layers=2, num_heads=4))
+    assert stacks_of(model) == [list(model.encoder.block), list(model.decoder.block)]

@@ -208,10 +208,23 @@ def test_what_cannot_be_generated_is_refused(prompts: Any, count: int, message: 
         stream(decoder(), words, prompts[0], count)
 
 
-def test_a_negative_temperature_and_an_encoder_decoder_are_refused(words: Any) -> None:
+def test_a_negative_temperature_is_refused(words: Any) -> None:
     with pytest.raises(UserError, match="negative"):
         stream(decoder(), words, [1], 5, temperature=-1)
-    model = decoder()
-    model.config.is_encoder_decoder = True
-    with pytest.raises(UserError, match="encoder-decoder"):
-        generate(model, words, [[1]], 5)
+
+
+def test_an_encoder_decoder_answers_as_transformers_does(words: Any) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(words), "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    start = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": words.eos_token_id}
+    model = T5ForConditionalGeneration(T5Config(**sizes, **start, initializer_factor=6.0)).eval()
+    prompts = [[5, 9, 13], [7, 8], [20, 21, 22, 23, 24]]
+    expected = []
+    for prompt in prompts:
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, 1:]
+        expected.append(words.decode(ids, skip_special_tokens=True))
+    assert len(set(expected)) == 3
+    assert generate(model, words, prompts, 6) == expected
+    assert "".join(stream(model, words, prompts[0], 6)) == expected[0]

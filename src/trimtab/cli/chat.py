@@ -41,6 +41,11 @@ class Talk:
         return str(self.record.get("task", "causal"))
 
     @property
+    def writes(self) -> bool:
+        """Whether the model answers in words, not with a label or a number."""
+        return self.task in ("causal", "seq2seq")
+
+    @property
     def chats(self) -> bool:
         """Whether the model was tuned with a chat template, so that turns follow each other."""
         return self.task == "causal" and self.report.get("template") == "chat"
@@ -53,10 +58,12 @@ class Talk:
 
     def prompt_ids(self, text: str, history: list[dict[str, str]]) -> list[int]:
         """The token ids to answer from, worded as in training; the oldest turns go when there are too many tokens."""
-        from trimtab.data.encode import inference_prompt
+        from trimtab.data.encode import inference_prompt, source_ids
         from trimtab.data.forms import PromptCompletion, Text
         from trimtab.evaluate.generate import room_of
 
+        if self.task == "seq2seq":
+            return source_ids(text, self.tokenizer, separator=str(self.report.get("separator", "")))
         if not self.chats:
             plain = Text(text) if (self.record.get("data") or {}).get("form") == "text" else PromptCompletion(text, "")
             separator = str(self.report.get("separator", ""))
@@ -152,7 +159,7 @@ def command(
     with quiet_transformers():
         model, tokenizer = run.load(device)
     talk = Talk(model, tokenizer, run.record, max_new_tokens, temperature, seed, system)
-    if talk.task == "causal" and system and not talk.chats:
+    if talk.writes and system and not talk.chats:
         raise UserError("chat: this run was not tuned with a chat template, so there is no system prompt")
     if prompt is not None:
         return shown(talk, prompt, base, label=False)
@@ -182,7 +189,7 @@ def shown(talk: Talk, text: str, base: bool, *, label: bool = True) -> dict[str,
     """Answer one prompt on the terminal as it comes; returns it as plain data."""
     if not text.strip():
         raise UserError("chat: the prompt is empty")
-    if talk.task != "causal":
+    if not talk.writes:
         scores = talk.scores(text)
         say(scores_text(scores))
         return scores
@@ -218,7 +225,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
 
 def converse(talk: Talk, base: bool) -> None:
     """Prompts from the terminal, until /quit or the end of input."""
-    say(COMMANDS if talk.task == "causal" else "one text per line; /quit ends")
+    say(COMMANDS if talk.writes else "one text per line; /quit ends")
     with suppress(ImportError):
         import readline  # noqa: F401 - gives `input` its line editing
     last = ""
@@ -257,7 +264,7 @@ def interruptible(talk: Talk, text: str, base: bool) -> None:
 
 def side_by_side(talk: Talk, text: str) -> None:
     """What the untuned model answers to the last prompt, after the same talk."""
-    if talk.task != "causal" or not text:
+    if not talk.writes or not text:
         say(
             "nothing to answer yet"
             if not text

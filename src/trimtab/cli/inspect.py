@@ -225,6 +225,6 @@ def setting_text(method: Any) -> str:
     """A method with its settings: `lora(rank=8, alpha=16.0)`."""
     if not isinstance(method, Mapping):
         return str(method)
-    kind = next((key for key in ("methods", "storage") if key in method), None)
+    kind = next((key for key in ("methods", "storage", "start") if key in method), None)
     settings = ", ".join(f"{key}={setting_text(value)}" for key, value in method.items() if key != kind)
     return f"{method[kind]}({settings})" if kind else "{" + settings + "}"

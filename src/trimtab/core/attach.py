@@ -26,8 +26,10 @@ from trimtab.core.delta import (
     state_of,
 )
 from trimtab.core.errors import UserError, listing
+from trimtab.core.format import Format
 from trimtab.core.install import clash, install, is_raw, plain_base, raw_weight, stand_aside, uninstall
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
+from trimtab.core.quantized import Taken, check_modules, quantize_module, quantize_without
 from trimtab.core.registry import name_of
 from trimtab.core.select import Place, select
 from trimtab.core.site import Base, Known, RawBase, Site
@@ -45,14 +47,16 @@ def attach(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     statistics: Mapping[str, Tensor] | None = None,
+    quantize: Format | None = None,
 ) -> nn.Module:
     """Put a method (or the parts of a preset) on a model, freeze everything else, and return the model.
 
     `where` says which sites, in the `where` language; None takes the method's own default. Adapters with different
     `name`s stack. The start depends on (seed, site name) only, not on the order of attaching. `dtype` keeps the
     trained tensors in a wider type than the base (fp32 masters under bf16). `statistics` maps site names to what the
-    method wants measured first (`trimtab.fisher`). Errors: a pattern that matches nothing, a site of a kind the method
-    does not support, a name in use; nothing is changed then.
+    method wants measured first (`trimtab.fisher`). `quantize` stores the linear weights of its sites in a format, each
+    without what a start takes out of it; they stay so after `detach`. Errors: a pattern that matches nothing, a site of
+    a kind the method does not support, a name in use; nothing is changed then.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise UserError(f"attach: adapter name {name!r} is not usable", fix="letters, digits, - and _ only")
@@ -64,14 +68,17 @@ def attach(
         )
     parts = plan(model, method, where)
     two_ways(model, parts)
+    if quantize is not None:
+        encode_plain(model, parts, quantize)
     work = [(part, *prepare(model, state, part, name, seed, dtype, statistics or {})) for part in parts]
+    encode_rest(model, [(part, deltas) for part, deltas, _ in work])
     commit(model, state, Adapter(name, seed, parts), work)
     return model
 
 
 def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list[Part]:
     """Resolve where each part of an attachment goes; raises one error for everything that does not match."""
-    listed = [method] if isinstance(method, Method | Placed) else list(method)
+    listed = list(method) if isinstance(method, Sequence) else [method]
     if not listed:
         raise UserError("attach: no method was given")
     if where is not None and len(listed) > 1:
@@ -84,7 +91,9 @@ def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list
     for item in listed:
         one, place = item if isinstance(item, Placed) else (item, None)
         if not isinstance(one, Method):
-            raise UserError(f"attach: expected a method, found {one!r}", fix="for example trimtab.LoRA(rank=8)")
+            starts = getattr(one, "begin", None) is not None
+            fix = f"trimtab.LoRA(rank=8, start={one!r})" if starts else "for example trimtab.LoRA(rank=8)"
+            raise UserError(f"attach: expected a method, found {one!r}", fix=fix)
         place = where or place or one.where
         stem = name_of(type(one))
         labels[stem] = labels.get(stem, 0) + 1
@@ -114,6 +123,43 @@ def two_ways(model: nn.Module, parts: Sequence[Part]) -> None:
                 problems.append(problem)
     if problems:
         raise UserError(f"attach: {listing(problems, 5)}", fix="leave these sites out of one of the two `where`s")
+
+
+def encode_plain(model: nn.Module, parts: Sequence[Part], format: Format) -> None:
+    """Check that the linear weights of all sites can be stored in a format; do it where no start takes anything out."""
+    linear = {part.label: encodable(model, part) for part in parts}
+    check_modules(model, [place.module for part in parts for place in linear[part.label]], format)
+    for part in parts:
+        if part.method.takes_out:
+            part.format = format
+            continue
+        for path in dict.fromkeys(place.module for place in linear[part.label]):
+            quantize_module(model.get_submodule(path), format)
+
+
+def encodable(model: nn.Module, part: Part) -> list[Place]:
+    """The places of a part that are linear layers: what a format can hold."""
+    return [place for place in part.places if place.kind == "linear" and place.parameter is None]
+
+
+def products(model: nn.Module, work: Sequence[tuple[Part, Sequence[Delta]]]) -> dict[str, tuple[Format, list[Taken]]]:
+    """Module path -> the format it is encoded in, and what is taken out of it first."""
+    found: dict[str, tuple[Format, list[Taken]]] = {}
+    for part, deltas in work:
+        linear = encodable(model, part)
+        for place, delta in zip(part.places, deltas, strict=True):
+            pair = part.method.taken(delta)
+            if place in linear and pair is not None and part.format is not None:
+                found.setdefault(place.module, (part.format, []))[1].append(Taken(place.rows, *pair))
+    return found
+
+
+def encode_rest(model: nn.Module, work: Sequence[tuple[Part, Sequence[Delta]]]) -> None:
+    """Encode the dense linear weights under deltas without the products that these take out of them."""
+    for path, (format, taken) in products(model, work).items():
+        module = model.get_submodule(path)
+        if "code" not in module._modules:
+            quantize_without(module, format, taken)
 
 
 def kinds_of(method: Method) -> frozenset[str]:
@@ -161,8 +207,11 @@ def prepare(
 ) -> tuple[list[Delta], Group | None]:
     """The deltas of one part, drawn but not yet installed."""
     method = part.method
-    sites = [site_at(model, state, place, index, statistics) for index, place in enumerate(part.places)]
     wanted = method.statistics
+    measured = {site: {wanted: value} for site, value in statistics.items()} if wanted else {}
+    sites = [site_at(model, state, place, index, measured) for index, place in enumerate(part.places)]
+    for site, place in zip(sites, part.places, strict=True):
+        site.format = part.format if place in encodable(model, part) else None
     missing = [site.name for site in sites if wanted and wanted not in site.statistics and not site.base.weight.is_meta]
     if missing:
         raise UserError(
@@ -204,7 +253,11 @@ def init_at(method: Method, site: Site, place: Place, model: nn.Module) -> dict[
 
 
 def site_at(
-    model: nn.Module, state: State, place: Place, index: int = 0, statistics: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    state: State,
+    place: Place,
+    index: int = 0,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Site:
     """The Site of a place, with the deltas that are active there now as part of its base."""
     module = model.get_submodule(place.module)
@@ -215,10 +268,10 @@ def site_at(
         base = deltas.over(base, state.active)
     if place.rows is not None:
         base = rows_of(base, place)
-    measured = (statistics or {}).get(place.name)
-    stats = {} if measured is None else {"fisher": measured}
+    stats = (statistics or {}).get(place.name, {})
     kind = "linear" if place.kind == "raw" else place.kind
-    return Site(place.name, base, kind, place.role, place.layer, width, index, stats)
+    takes_bias = base.bias is not None or (kind != "norm" and not is_raw(module, place))
+    return Site(place.name, base, kind, place.role, place.layer, width, index, stats, takes_bias=takes_bias)
 
 
 def rows_of(base: Base, place: Place) -> Base:

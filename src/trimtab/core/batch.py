@@ -113,7 +113,7 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
         else tokens.new_ones(rows, length, dtype=torch.bool)
     )
     prompt = None if done else real
-    if prompt is not None and state.prompt is not None and state.prompt.shape == prompt.shape:
+    if prompt is not None and stack.causal and state.prompt is not None and state.prompt.shape == prompt.shape:
         prompt = prompt & state.prompt
 
     if total:

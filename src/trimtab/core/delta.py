@@ -15,6 +15,7 @@ from trimtab.core.site import Base, Edited, Known, splice
 
 if TYPE_CHECKING:
     from trimtab.core.batch import Batch
+    from trimtab.core.format import Format
     from trimtab.core.select import Place
 
 
@@ -108,6 +109,8 @@ class Part:
     where: str
     label: str
     places: list[Place]
+    format: Format | None = None
+    """What its weights are stored in, where they were encoded without what its start takes out."""
 
 
 @dataclass

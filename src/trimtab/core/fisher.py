@@ -1,4 +1,4 @@
-"""Empirical Fisher information of frozen weights: how much each entry moves the loss, one example at a time."""
+"""What is measured on a model before a method starts: from gradients of its frozen weights, or from its inputs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from trimtab.core.install import is_raw, raw_weight
 from trimtab.core.select import Place, select
 from trimtab.core.site import is_conv1d
 
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+Batches = Iterable[Mapping[str, Any]]
+
 
 def fisher(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    where: str = "all-linear",
-    *,
-    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+    model: nn.Module, batches: Batches, where: str = "all-linear", *, loss: Loss | None = None
 ) -> dict[str, Tensor]:
     """F = Σ_n (∂loss_n/∂W)² for every matched weight, as {site name: (out, in) fp32}; arXiv 2111.09839, `label-square`.
 
@@ -27,11 +26,33 @@ def fisher(
     model's flags and mode are restored. `loss(model, row)` defaults to `model(**row).loss`. Errors: quantized weights,
     which have no gradient, and no batch at all.
     """
+    rows = ({key: value[n : n + 1] for key, value in batch.items()} for batch in batches for n in range(size(batch)))
+    return summed("fisher", model, rows, where, loss, lambda total, grad: total.addcmul_(grad, grad))
+
+
+def gradient(
+    model: nn.Module, batches: Batches, where: str = "all-linear", *, loss: Loss | None = None
+) -> dict[str, Tensor]:
+    """G = Σ_n ∂loss_n/∂W over the batches, as {site name: (out, in) fp32}; otherwise as `fisher`."""
+    return summed("gradient", model, batches, where, loss, lambda total, grad: total.add_(grad))
+
+
+def summed(
+    verb: str,
+    model: nn.Module,
+    batches: Batches,
+    where: str,
+    loss: Loss | None,
+    add: Callable[[Tensor, Tensor], object],
+) -> dict[str, Tensor]:
+    """A sum over batches of something of the gradient of every matched weight."""
     places = select(model, where, kinds={"linear", "embedding", "conv", "raw"})
     owners = [(place, *parameter_of(model, place)) for place in places]
     frozen = [place.name for place, parameter, _ in owners if parameter is None]
     if frozen:
-        raise UserError(f"fisher: quantized weights have no gradient: {listing(frozen, 4)}")
+        raise UserError(
+            f"{verb}: quantized weights have no gradient: {listing(frozen, 4)}", fix="measure on the dense model"
+        )
     chosen = {id(parameter): parameter for _, parameter, _ in owners}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     sums = {key: torch.zeros_like(parameter, dtype=torch.float32) for key, parameter in chosen.items()}
@@ -41,22 +62,86 @@ def fisher(
         for parameter, _ in flags:
             parameter.requires_grad_(id(parameter) in chosen)
         for batch in batches:
-            for row in range(len(next(iter(batch.values())))):
-                one = {key: value[row : row + 1] for key, value in batch.items()}
-                with torch.enable_grad():
-                    value = model(**one).loss if loss is None else loss(model, one)
-                grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
-                for key, grad in zip(chosen, grads, strict=True):
-                    if grad is not None:
-                        sums[key].addcmul_(grad.float(), grad.float())
-                seen += 1
+            with torch.enable_grad():
+                value = model(**batch).loss if loss is None else loss(model, batch)
+            grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
+            for key, grad in zip(chosen, grads, strict=True):
+                if grad is not None:
+                    add(sums[key], grad.float())
+            seen += 1
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         model.train(training)
     if not seen:
-        raise UserError("fisher: no batch was given", fix="pass some hundreds of training rows")
+        raise UserError(f"{verb}: no batch was given", fix="pass some hundreds of training rows")
     return {place.name: canonical(sums[id(parameter)], place, turn) for place, parameter, turn in owners}
+
+
+def covariance(
+    model: nn.Module, batches: Batches, where: str = "all-linear", *, loss: Loss | None = None
+) -> dict[str, Tensor]:
+    """C = mean of x xᵀ over all real tokens, x the input of a matched linear layer, as {site name: (in, in) fp32}.
+
+    The mean is not subtracted. Positions that the attention mask excludes are left out, dropout is off. `loss(model,
+    batch)` runs the model; it defaults to `model(**batch)`. Layers with one input (q, k and v) share one matrix.
+    Errors: no batch at all.
+    """
+    places = select(model, where, kinds={"linear"})
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    fresh: dict[str, Tensor] = {}
+    real: list[Tensor | None] = [None]
+
+    def note(path: str, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        owner.setdefault(path, next((other for other, one in fresh.items() if one is args[0]), path))
+        if owner[path] != path:
+            return
+        fresh[path] = args[0]
+        mask = real[0]
+        rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+        rows = rows.float()
+        sums[path] = sums[path].addmm_(rows.mT, rows) if path in sums else rows.mT @ rows
+        counts[path] = counts.get(path, 0) + len(rows)
+
+    paths = dict.fromkeys(place.module for place in places)
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: note(path, args))
+        for path in paths
+    ]
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            fresh.clear()
+            mask = batch.get("attention_mask")
+            real[0] = mask.bool() if mask is not None else None
+            with torch.no_grad():
+                model(**batch) if loss is None else loss(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    silent = [path for path in paths if not counts.get(owner.get(path, path))]
+    if silent:
+        raise UserError(f"covariance: no input of {listing(silent, 4)} was seen", fix="pass some training rows")
+    done = {path: sums[path] / counts[path] for path in sums}
+    return {place.name: done[owner[place.module]] for place in places}
+
+
+MEASURES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "fisher": fisher,
+    "gradient": gradient,
+    "covariance": covariance,
+}
+"""What `Method.statistics` can name."""
+
+
+def size(batch: Mapping[str, Any]) -> int:
+    """Rows of a batch."""
+    return len(next(iter(batch.values())))
 
 
 def parameter_of(model: nn.Module, place: Place) -> tuple[Any, Callable[[Tensor], Tensor]]:

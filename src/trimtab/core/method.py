@@ -48,6 +48,8 @@ class Method(ABC):
     """Names of tensors whose shape is chosen from data at init, so a file decides it at load."""
     statistics: ClassVar[str | None] = None
     """What must be measured on the model before `init` (`fisher`), else None."""
+    takes_out: ClassVar[bool] = False
+    """Whether a product is taken out of the frozen weight at the start, so that quantizing has to know of it."""
     laws: ClassVar[Mapping[str, str]] = {}
     """Laws this method does not obey, each with the reason; shown in the docs."""
 
@@ -70,6 +72,10 @@ class Method(ABC):
     @abstractmethod
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
         """The output of the edited site for its input `x`."""
+
+    def taken(self, p: Any) -> tuple[Tensor, Tensor] | None:
+        """B0 (out, rank) and A0 (rank, in), scales included, whose product a quantized weight is encoded without."""
+        return None
 
     def penalty(self, p: Any) -> Tensor | None:
         """A term added to the loss for one site (orthogonality, sparsity), or None."""

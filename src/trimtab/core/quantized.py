@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.core.registry import from_json, to_json
+from trimtab.core.registry import find, from_json, to_json
 from trimtab.core.site import is_conv1d
 from trimtab.core.swap import subclass
 
@@ -307,19 +307,9 @@ def quantize(
             raw.append(f"{path}.{parameter}" if parameter else path)
         else:
             chosen[path] = module
-    owners = _owners(model)
-    problems: list[str] = []
-    fixes: dict[str, None] = {}
-    for path, module in chosen.items():
-        try:
-            _check(module, format, owners)
-        except UserError as error:
-            problems.append(f"{path or 'the model'}: {error.message}")
-            fixes.setdefault(error.fix or "leave it out of `where`")
-    if not chosen and not problems:
-        problems.append(f"{where!r} selects no linear layer")
-    if problems:
-        raise UserError(f"quantize: {listing(problems, 6)}", fix="; ".join(list(fixes)[:3]) or None)
+    check_modules(model, list(chosen), format)
+    if not chosen:
+        raise UserError(f"quantize: {where!r} selects no linear layer")
     if raw:
         warnings.warn(f"quantize: {listing(raw, 4)} stay dense: not plain linear layers", stacklevel=2)
     for module in chosen.values():
@@ -335,6 +325,64 @@ def quantize_module(module: nn.Module, format: Format) -> nn.Module:
         raise UserError(f"quantize: {error.message}", fix=error.fix) from None
     _encode(module, format)
     return module
+
+
+class Taken(NamedTuple):
+    """A product up · down that is taken out of a weight, or of some of its rows, before it is encoded."""
+
+    rows: tuple[int, int] | None
+    up: Tensor
+    down: Tensor
+
+
+def branch_of(taken: Sequence[Taken], out: int) -> tuple[Tensor, Tensor]:
+    """All products taken out of one weight as a single one: up (out, ranks) and down (ranks, in)."""
+    ups = []
+    for rows, up, _ in taken:
+        start, stop = rows or (0, out)
+        ups.append(F.pad(up.detach(), (0, 0, start, out - stop)))
+    return torch.cat(ups, 1), torch.cat([one.down.detach() for one in taken])
+
+
+def with_branch(format: Format, rank: int) -> Format:
+    """The format that keeps a high-precision product of a rank beside the codes of `format`."""
+    made: Format = find("svdquant", "storage")(inner=format, rank=rank)
+    return made
+
+
+def quantize_without(module: nn.Module, format: Format, taken: Sequence[Taken]) -> nn.Module:
+    """Store what is left of a linear weight after some products in `format`, the products beside it; returns it."""
+    W = _weight_of(module)
+    up, down = branch_of(taken, W.shape[0])
+    with torch.no_grad():
+        left = (W.double() - up.double() @ down.double()).to(torch.promote_types(W.dtype, torch.float32))
+        tensors = {**format.encode(left), "up": up, "down": down}
+    _install(module, Code(with_branch(format, up.shape[1]), tensors, W.shape, W.dtype))
+    return module
+
+
+def same_branch(module: nn.Module, format: Format, taken: Sequence[Taken]) -> bool:
+    """Whether a layer is stored as `quantize_without` would store it, as far as its code tells."""
+    code: Any = module._modules["code"]
+    up, down = branch_of(taken, code.shape[0])
+    held = code.tensors()
+    alike = code.format == with_branch(format, up.shape[1])
+    return alike and torch.equal(held["up"], up.to(held["up"])) and torch.equal(held["down"], down.to(held["down"]))
+
+
+def check_modules(model: nn.Module, paths: Sequence[str], format: Format) -> None:
+    """Raise one error with everything that stands against storing the weights of these modules in `format`."""
+    owners = _owners(model)
+    problems: list[str] = []
+    fixes: dict[str, None] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            _check(model.get_submodule(path), format, owners)
+        except UserError as error:
+            problems.append(f"{path or 'the model'}: {error.message}")
+            fixes.setdefault(error.fix or "leave it out of `where`")
+    if problems:
+        raise UserError(f"quantize: {listing(problems, 6)}", fix="; ".join(list(fixes)[:3]) or None)
 
 
 def dequantize(model: nn.Module) -> nn.Module:

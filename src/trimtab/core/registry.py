@@ -13,15 +13,18 @@ from typing import Any
 from trimtab.core.errors import UserError, listing, nearest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = {"start": "methods/start"}
+"""Where the files of a kind are, if not in the folder of its name."""
+WORDS = {"methods": "method", "start": "start", "storage": "storage format"}
 _outside: dict[str, type] = {}
 
 
 @cache
 def _files(kind: str) -> dict[str, str]:
-    """name -> module path of every file of `methods` or `storage`, without importing any."""
+    """name -> module path of every file of `methods`, `start` or `storage`, without importing any."""
     found = {}
-    for path in sorted((ROOT / kind).rglob("*.py")):
-        if not path.stem.startswith("_"):
+    for path in sorted((ROOT / FOLDERS.get(kind, kind)).rglob("*.py")):
+        if not path.stem.startswith("_") and (kind == "start" or path.parent.name != "start"):
             found[path.stem] = ".".join(("trimtab", *path.relative_to(ROOT).with_suffix("").parts))
     return found
 
@@ -41,9 +44,8 @@ def find(name: str, kind: str = "methods") -> type:
         if _plain(stem) == wanted:
             return _class_in(module, stem)
     close = nearest(name, names(kind))
-    what = "method" if kind == "methods" else "storage format"
     raise UserError(
-        f"no {what} named {name!r}; there are {len(names(kind))}",
+        f"no {WORDS[kind]} named {name!r}; there are {len(names(kind))}",
         fix=f"did you mean {listing(close)}?" if close else f"one of {listing(names(kind), 60)}",
     )
 
@@ -64,17 +66,23 @@ def to_json(value: Any) -> Any:
     """A method or format as plain data: {"name": "lora", "rank": 8, ...}; nested ones are nested."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        kind = "storage" if type(value).__module__.startswith("trimtab.storage") else "methods"
+        kind = kind_of(type(value))
         return {kind: name_of(type(value)), **fields}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def kind_of(cls: type) -> str:
+    """`storage`, `start` or `methods`: what a class is registered as."""
+    kinds = {"trimtab.storage": "storage", "trimtab.methods.start": "start"}
+    return next((kind for home, kind in kinds.items() if cls.__module__.startswith(home)), "methods")
+
+
 def from_json(data: Any) -> Any:
     """The inverse of `to_json`; an unknown name or field is an error naming the nearest known one."""
     if isinstance(data, Mapping):
-        for kind in ("methods", "storage"):
+        for kind in ("methods", "storage", "start"):
             if kind in data:
                 fields = {key: from_json(item) for key, item in data.items() if key != kind}
                 return make(find(data[kind], kind), fields)

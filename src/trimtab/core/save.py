@@ -19,9 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import batch as batches
-from trimtab.core.attach import SHARED, commit, drawing, dtype_and_device, init_at, site_at, unfit
+from trimtab.core.attach import (
+    SHARED,
+    commit,
+    drawing,
+    dtype_and_device,
+    encode_rest,
+    init_at,
+    products,
+    site_at,
+    unfit,
+)
 from trimtab.core.delta import Adapter, Delta, Group, Part, State, build, check_names, require_state, state_of
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.core.format import Format
+from trimtab.core.quantized import Taken, check_modules, same_branch
 from trimtab.core.registry import from_json, to_json
 from trimtab.core.select import Place
 from trimtab.core.site import OpaqueBase, RawBase, Site
@@ -129,7 +141,9 @@ def describe(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         for place in part.places:
             entry = {key: value for key, value in dataclasses.asdict(place).items() if value not in (None, False)}
             sites.append(entry | {"shape": list(site_at(model, state, place).base.shape)})
-        parts.append({"label": part.label, "method": to_json(part.method), "where": part.where, "sites": sites})
+        encoded = {"quantized": to_json(part.format)} if part.format is not None else {}
+        entry = {"label": part.label, "method": to_json(part.method), "where": part.where}
+        parts.append({**entry, **encoded, "sites": sites})
     config = getattr(model, "config", None)
     return {
         "format": "trimtab-adapter",
@@ -186,8 +200,9 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None, *, tr
     work = []
     used: set[str] = set()
     for entry in record["parts"]:
+        places = [place_of(one) for one in entry["sites"]]
         part = Part(
-            from_json(entry["method"]), entry["where"], entry["label"], [place_of(one) for one in entry["sites"]]
+            from_json(entry["method"]), entry["where"], entry["label"], places, from_json(entry.get("quantized"))
         )
         shapes = [tuple(one["shape"]) for one in entry["sites"]]
         wrong = misfits(model, part, shapes)
@@ -219,6 +234,9 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None, *, tr
             + "\n    ".join(problems),
             fix=None if found_class == saved else f"it was saved from a {saved}",
         )
+    encoded = [(part, deltas) for part, deltas, _ in work]
+    refuse_other_codes(model, products(model, encoded), directory)
+    encode_rest(model, encoded)
     for deltas, place in ((item[1], place) for item in work for place in item[0].places[:1]):
         kind, _device = dtype_and_device(model, place)
         for delta in deltas:
@@ -226,6 +244,22 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None, *, tr
             delta.master = stored != kind
     commit(model, state, adapter, work)
     return model
+
+
+def refuse_other_codes(model: nn.Module, wanted: Mapping[str, tuple[Format, list[Taken]]], directory: Any) -> None:
+    """An adapter whose start was taken out of the weights before they were encoded needs these codes, or dense ones."""
+    modules = {path: model.get_submodule(path) for path in wanted}
+    coded = [path for path, module in modules.items() if "code" in module._modules]
+    other = [path for path in coded if not same_branch(modules[path], *wanted[path])]
+    if other:
+        raise UserError(
+            f"load: {directory} was started on weights encoded without a part of them, but {listing(other, 3)} "
+            "are quantized as a whole",
+            fix="load it on the dense model: it quantizes its sites itself",
+        )
+    for format in dict.fromkeys(format for format, _ in wanted.values()):
+        dense = [path for path in wanted if wanted[path][0] == format and path not in coded]
+        check_modules(model, dense, format)
 
 
 def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from trimtab.core.batch import Batch
+    from trimtab.core.format import Format
     from trimtab.core.quantized import Code
 
 
@@ -344,6 +345,10 @@ class Site:
     """Position among the sites of this attachment."""
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """What was measured for this site before `init` (`fisher`: (out, in))."""
+    format: Format | None = None
+    """What its dense weight is about to be stored in, if it is."""
+    takes_bias: bool = True
+    """Whether a bias can be put where there is none: not at an RMS norm, nor at a matrix that is read raw."""
     shared: Any = None
     """What `Method.shared` returned, read by attribute."""
 
@@ -354,6 +359,12 @@ class Site:
     @property
     def in_features(self) -> int:
         return self.base.shape[1]
+
+    def stored(self, W: Tensor) -> Tensor:
+        """What is left of a matrix that went through the site's format."""
+        if self.format is None:
+            return W
+        return self.format.decode(self.format.encode(W), tuple(W.shape)).to(W.dtype)
 
 
 def is_conv1d(module: nn.Module) -> bool:

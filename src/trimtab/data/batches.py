@@ -25,7 +25,8 @@ def collate(
     """Pad sequences to one length and stack them.
 
     `input_ids` and `attention_mask` (rows, length), int64; `token_type_ids` alike where the sequences have segments.
-    `labels`: for labelled sequences (rows,), int64 classes or float32 numbers; otherwise (rows, length), the ids
+    Sequences with a `source` make `input_ids` and `attention_mask` of their sources, and `decoder_input_ids` of their
+    own. `labels`: for labelled sequences (rows,), int64 classes or float32 numbers; otherwise (rows, length), the ids
     themselves where trained and -100 elsewhere, not yet shifted. Padding has label -100 by its position, not by its id,
     so `pad_id` may be the end-of-sequence token. So has every sequence's first token, which nothing predicts.
     """
@@ -66,7 +67,11 @@ def collate(
             trained = torch.tensor(item.trained, dtype=torch.bool)
             trained[:1] = False
             batch["labels"][row, place] = torch.where(trained, ids, IGNORED)
-    return batch
+    if encoded[0].source is None:
+        return batch
+    sources = collate([Encoded(item.source or [], [False] * len(item.source or [])) for item in encoded], pad_id)
+    read = {key: sources[key] for key in ("input_ids", "attention_mask")}
+    return read | {"decoder_input_ids": batch["input_ids"], "labels": batch["labels"]}
 
 
 def batches(
@@ -95,12 +100,17 @@ def batches(
         order = [
             index
             for start in range(0, len(order), max(1, window))
-            for index in sorted(order[start : start + window], key=lambda index: len(encoded[index].ids))
+            for index in sorted(order[start : start + window], key=lambda index: length_of(encoded[index]))
         ]
     made = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if by_length and shuffle:
         generator.shuffle(made)
     return made
+
+
+def length_of(row: Encoded) -> int:
+    """Tokens of a row, what its encoder reads included."""
+    return len(row.ids) + len(row.source or ())
 
 
 def token_count(batch: dict[str, Tensor]) -> int:

@@ -33,6 +33,8 @@ class Encoded:
     label: int | float | None = None
     types: list[int] | None = None
     row: int = 0
+    source: list[int] | None = None
+    """What an encoder-decoder reads; `ids` are then its start token and what it is to write."""
 
     @property
     def targets(self) -> int:
@@ -169,6 +171,7 @@ def encode_all(
     template: Template = "auto",
     separator: str = "",
     labels: Labels | None = None,
+    decoder_start: int | None = None,
 ) -> EncodedSet:
     """Encode examples, all of one kind, and report on them.
 
@@ -193,6 +196,9 @@ def encode_all(
     several sequences in which every token is still predicted exactly once. A row of which nothing trained is left is
     left out. All of it is counted in the report.
 
+    `decoder_start` is the first token of an encoder-decoder's answers. The prompt is then the encoder's input, the
+    completion with an end-of-sequence token what its decoder writes, each of at most `max_length` tokens.
+
     `labels` fixes the classes of labelled examples; None takes them from these ones. Pass `train.labels` for held-out
     data: a label that is not among them is an error.
 
@@ -215,6 +221,8 @@ def encode_all(
     settings = _Settings(max_length, truncation, train_on)
     if isinstance(examples[0], Labelled):
         return _encode_labelled([e for e in examples if isinstance(e, Labelled)], tokenizer, settings, labels)
+    if decoder_start is not None:
+        return _encode_sources(examples, tokenizer, settings, _Plain(tokenizer, separator), decoder_start)
     wording = _wording(tokenizer, "plain" if isinstance(examples[0], Text) else template, separator)
     return _encode_texts(examples, tokenizer, settings, wording)
 
@@ -264,6 +272,12 @@ def inference_prompt(
         return wording.opening_ids(wording.prompt(Conversation((*turns, Message("assistant", "")))))
     except _Refused as refused:
         raise UserError(f"inference_prompt: {refused}", fix="use a tokenizer with a chat template") from refused
+
+
+def source_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, separator: str = "") -> list[int]:
+    """What an encoder-decoder reads to answer a prompt: the ids its training row had."""
+    ids: list[int] = tokenizer(text + separator, verbose=False)["input_ids"]
+    return ids
 
 
 def fingerprint(
@@ -736,6 +750,54 @@ def _refuse_over_long(counts: _Counts, rows: int, settings: _Settings, text: boo
         )
 
 
+def _encode_sources(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: _Settings,
+    wording: _Plain,
+    start: int,
+) -> EncodedSet:
+    """Prompts as an encoder's inputs, completions as what the decoder writes."""
+    if isinstance(examples[0], Text):
+        raise UserError("plain text has no prompt for an encoder to read", fix="give rows of prompt and completion")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token", fix="set tokenizer.eos_token")
+    counts, made, refused = _Counts(), list[Encoded](), list[str]()
+    limit = settings.max_length
+    for row, example in _rows(examples):
+        if not _learned_turns(example):
+            counts.empty.append(row)
+            continue
+        try:
+            prompt = wording.prompt(example)
+        except _Refused as reason:
+            refused.append(f"row {row}: {reason}")
+            continue
+        source = source_ids(prompt, tokenizer)
+        answer = _as_messages(example)[-1]["content"]
+        target = _without_end(tokenizer(text_target=answer, verbose=False)["input_ids"], tokenizer, True)
+        target = [*target, tokenizer.eos_token_id]
+        if counts.measure(row, max(len(source), len(target)), limit):
+            if settings.truncation == "error":
+                continue
+            if settings.truncation == "drop":
+                counts.dropped.append(row)
+                continue
+            counts.truncated.append(row)
+            ending = source[-1:] if source[-1:] == [tokenizer.eos_token_id] else []
+            room = (limit or 0) - len(ending)
+            words = source[: len(source) - len(ending)]
+            source = (words[:room] if settings.truncation == "right" else words[-room:]) + ending
+            target = target[:limit]
+        made.append(Encoded([start, *target], [False] + [True] * len(target), row=row, source=source))
+    if refused:
+        raise UserError(
+            "these rows have no single answer:\n  " + "\n  ".join(refused[:10]), fix="keep one answer per row"
+        )
+    _refuse_over_long(counts, len(examples), settings, False)
+    return _finished(examples, made, None, counts, settings, wording, tokenizer, sum(item.targets for item in made))
+
+
 def _encode_labelled(
     examples: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, settings: _Settings, labels: Labels | None
 ) -> EncodedSet:
@@ -861,7 +923,7 @@ def _finished(
             f"not one token of {len(examples)} rows would be trained: {'; '.join(reasons) or 'all are one token long'}",
             fix="raise max_length, or give rows with completions" if counts.over_long else "give rows with completions",
         )
-    distinct = {(tuple(item.ids), tuple(item.trained), item.label) for item in made}
+    distinct = {(tuple(item.source or ()), tuple(item.ids), tuple(item.trained), item.label) for item in made}
     source = "" if wording is None else wording.source
     report = Report(
         rows=len(examples),
@@ -876,7 +938,7 @@ def _finished(
         prompt_differs=len(counts.prompt_differs),
         special_text=len(counts.special_text),
         trained_tokens=trained_tokens,
-        total_tokens=sum(len(item.ids) for item in made),
+        total_tokens=sum(len(item.ids) + len(item.source or ()) for item in made),
         longest=counts.longest,
         longest_row=counts.longest_row,
         max_length=settings.max_length,

@@ -106,7 +106,8 @@ class Bag:
         if self.ids.device == device:
             return self
         groups = tuple(Rows(one.start, one.stop, *(t.to(device) for t in tensors_of(one))) for one in self.groups)
-        return Bag(*(t.to(device) if isinstance(t, Tensor) else t for t in list(vars(self).values())[:-1]), groups)
+        moved = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return Bag(**{**vars(self), **moved, "groups": groups})
 
 
 def tensors_of(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

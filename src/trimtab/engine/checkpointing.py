@@ -44,31 +44,41 @@ def checkpointing(model: nn.Module, policy: str) -> Iterator[None]:
         return
     if policy not in POLICIES:
         raise UserError(f"checkpointing: no policy {policy!r}", fix=f"one of {', '.join(POLICIES)}")
-    blocks = blocks_of(model)
-    if not blocks:
+    stacks = stacks_of(model)
+    if not stacks:
         raise UserError(
             f"checkpointing: {type(model).__name__} has no stack of blocks that could run again",
             fix="checkpointing: off",
         )
-    size = math.isqrt(len(blocks) - 1) + 1
-    groups = [Group(blocks[at : at + size]) for at in range(0, len(blocks), size)]
     with tempfile.TemporaryDirectory() if policy == "offload" else nullcontext() as folder:
-        for place, block in enumerate(blocks):
-            block.__dict__["_trimtab_again"] = groups[place // size] if policy == "sqrt" else Again(policy, folder)
-            swap(block, grouped if policy == "sqrt" else wrapped)
+        for blocks in stacks:
+            size = math.isqrt(len(blocks) - 1) + 1
+            groups = [Group(blocks[at : at + size]) for at in range(0, len(blocks), size)]
+            for place, block in enumerate(blocks):
+                block.__dict__["_trimtab_again"] = groups[place // size] if policy == "sqrt" else Again(policy, folder)
+                swap(block, grouped if policy == "sqrt" else wrapped)
         try:
             yield
         finally:
-            for block in blocks:
+            for block in (block for blocks in stacks for block in blocks):
                 unswap(block)
                 del block.__dict__["_trimtab_again"]
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of the deepest stack: the longest list of modules that all have the same parts."""
+def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of the deepest stack, the longest list of modules that all have the same parts, and of its like."""
     stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     alike = [stack for stack in stacks if len({frozenset(parts(block)) for block in stack}) == 1 and parts(stack[0])]
-    return max(alike, key=lambda stack: (len(stack), size_of(stack)), default=[])
+    deepest = max(alike, key=lambda stack: (len(stack), size_of(stack)), default=[])
+    return [stack for stack in alike if plain_class(stack[0]) is plain_class(deepest[0])]
+
+
+def plain_class(block: nn.Module) -> type:
+    """The class of a block, but for what an adapter made of it."""
+    cls: Any = type(block)
+    while "_origin" in vars(cls):
+        cls = cls._origin[0]
+    return cls
 
 
 def parts(block: nn.Module) -> set[str]:
@@ -157,6 +167,11 @@ def in_turn(x: Tensor, runs: list[Callable[..., Any]], args: Any, kwargs: Any) -
     """One block after the other."""
     for run in runs:
         out = run(x, *args, **kwargs)
+        if isinstance(out, tuple) and any(one is not None for one in out[1:]):
+            raise UserError(
+                "checkpointing: sqrt needs blocks that hand on one thing, and these hand on more (a position bias)",
+                fix="checkpointing: block",
+            )
         x = out[0] if isinstance(out, tuple) else out
     return x
 

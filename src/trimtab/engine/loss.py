@@ -23,7 +23,7 @@ Batch = dict[str, Tensor] | Pack | Bag
 def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
     """(summed loss, outputs) of one batch; divide by the number of trained terms of the whole step.
 
-    causal: -Σ log p(token | before) over trained tokens, outputs none; classify: -Σ log p(class), outputs
+    causal and seq2seq: -Σ log p(token | before) over trained tokens, outputs none; classify: -Σ log p(class), outputs
     (rows, classes); regress: Σ (y − ŷ)², outputs (rows,). A pack is causal, a bag is labelled, and their model runs
     inside `trimtab.engine.faster.running`.
     """
@@ -34,7 +34,7 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]
         return labelled_loss(outputs(model, batch), batch.labels, task)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
-    if task == "causal":
+    if task in ("causal", "seq2seq"):
         keep = F.pad(labels[:, 1:] != IGNORED, (0, 1))
         with prompts(model, labels):
             return causal_loss(model, inputs, keep, labels[:, 1:][keep[:, :-1]], None)

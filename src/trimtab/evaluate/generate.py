@@ -33,8 +33,8 @@ def generate(
 
     Special tokens are left out. Prompts of like length run together, padded on the left; the answers come back in the
     order given and, rounding apart, do not depend on `batch_size`. `progress(done, all)` is called after each batch. A
-    row also ends where the model has no more positions. Errors: no prompt ids, a prompt that fills every position, an
-    encoder-decoder model.
+    row also ends where the model has no more positions. For an encoder-decoder, prompts are what its encoder reads.
+    Errors: no prompt ids, a prompt that fills every position.
     """
     check(model, prompts, max_new_tokens)
     stops, order = stop_ids(model, tokenizer), sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -134,6 +134,9 @@ def steps(
     model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Callable[[Tensor], Tensor]
 ) -> Iterator[list[int]]:
     """The next token of every row, over and over, with the model's own cache of keys and values where it has one."""
+    if encodes(model):
+        yield from decoded(model, prompts, max_new_tokens, choose)
+        return
     names = set(inspect.signature(model.forward).parameters)
     device = next(parameter.device for parameter in model.parameters())
     longest, last = max(map(len, prompts)), room_of(model) - 1
@@ -158,6 +161,34 @@ def steps(
         new = ids if cache is None else chosen[:, None]
 
 
+def encodes(model: nn.Module) -> bool:
+    """Whether an encoder reads the prompt, and a decoder of its own writes the answer."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def decoded(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Callable[[Tensor], Tensor]
+) -> Iterator[list[int]]:
+    """The next token of every row of an encoder-decoder; its encoder runs once."""
+    device = next(parameter.device for parameter in model.parameters())
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts], device=device)
+    mask = torch.tensor([[at < len(prompt) for at in range(longest)] for prompt in prompts], device=device).long()
+    new = torch.full((len(prompts), 1), model.config.decoder_start_token_id, dtype=torch.long, device=device)
+    read, cache = None, None
+    for _ in range(max_new_tokens):
+        given = {"input_ids": ids} if read is None else {"encoder_outputs": read}
+        output = model(**given, attention_mask=mask, decoder_input_ids=new, past_key_values=cache, use_cache=True)
+        chosen = choose(output.logits[:, -1]).to(device)
+        yield chosen.tolist()
+        if read is None:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+        cache = output.past_key_values
+        new = chosen[:, None]
+
+
 def greedy(logits: Tensor) -> Tensor:
     """The likeliest token of each row: (rows, vocabulary) -> (rows,)."""
     return logits.argmax(-1)
@@ -178,6 +209,8 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[
         answered = encode(PromptCompletion("Question", "Answer"), tokenizer, max_length=None)
     except UserError:
         return frozenset(found)
+    if encodes(model):
+        return frozenset(found)
     ending = [token for token, trained in zip(answered.ids, answered.trained, strict=True) if trained][-1:]
     return frozenset(found | {token for token in ending if token in special})
 
@@ -196,9 +229,7 @@ def room_of(model: nn.Module) -> int:
 
 def check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse what cannot be generated, with every prompt at fault."""
-    config, room = getattr(model, "config", None), room_of(model)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"generate: {type(model).__name__} is an encoder-decoder, which this loop does not run")
+    room = room_of(model)
     if max_new_tokens < 1:
         raise UserError(f"generate: max_new_tokens={max_new_tokens} leaves nothing to write", fix="1 or more")
     problems = [f"prompt {number} has no tokens" for number, ids in enumerate(prompts, 1) if not len(ids)]

@@ -30,8 +30,8 @@ def evaluate(
 
     `together` makes one batch of some rows, by default a padded one; packed rows want a model inside
     `trimtab.engine.faster.running`.
-    causal: loss per trained token and perplexity; classify: loss per row and accuracy; regress: mean squared error and
-    Pearson correlation.
+    causal and seq2seq: loss per trained token and perplexity; classify: loss per row and accuracy; regress: mean
+    squared error and Pearson correlation.
     """
     device = next(model.parameters()).device
     together = together or partial(collate, pad_id=pad_id)
@@ -56,7 +56,7 @@ def evaluate(
             progress(done, len(rows))
     model.train(training)
     loss = total / max(1, terms)
-    if task == "causal":
+    if task in ("causal", "seq2seq"):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": terms}
     if task == "regress":
         return {"loss": loss, "pearson": pearson(pairs), "rows": terms}

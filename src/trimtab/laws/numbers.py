@@ -195,7 +195,7 @@ def news(found: list[str], known: list[str]) -> list[str]:
 @law(18, "cost", storages="every", host="linear")
 def cost(case: Case) -> None:
     """A forward builds no tensor of the weight's size; views aside, and what decoding a quantized weight takes."""
-    out, into = 31, 44
+    out, into = 52, 88
     build, inputs = (lambda: Alone(nn.Linear(into, out))), (lambda rows: {"x": torch.randn(rows, TOKENS, into)})
     case = replace(case, host=Host("wide", "linear", build, inputs, "layer", ("layer",)), rows=2)
 

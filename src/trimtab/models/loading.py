@@ -130,6 +130,16 @@ def load(
     )
 
 
+def writing_task(source: str | Path) -> str:
+    """How a model that writes is trained: seq2seq where an encoder reads the prompt, else causal."""
+    location, directory = _locate(source, None)
+    if directory is not None and _config_problems(directory):
+        return "causal"
+    with quiet_transformers():
+        config = _config(location, source, hub=directory is None)
+    return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+
+
 def check_directory(directory: str | Path, *, task: str = "causal") -> None:
     """Raises one `UserError` naming everything that keeps `directory` from being a loadable model."""
     directory = Path(directory)

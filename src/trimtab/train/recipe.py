@@ -30,7 +30,7 @@ class Recipe:
     quantize: str | None = option(None, "Keep the frozen weights in this format: nf4, absmax, affine.", "what")
     output: str | None = option(None, "Run directory to make; default: runs/<model>-<method>-<number>.", "what")
 
-    task: str = option("auto", "auto, causal, classify or regress; auto follows the form of the data.", "data")
+    task: str = option("auto", "causal, seq2seq, classify or regress; auto follows data and model.", "data")
     columns: Mapping[str, str] = field(
         default_factory=dict,
         metadata={"help": "Which column plays which role, as prompt=mr,completion=ref.", "group": "data"},
@@ -123,7 +123,7 @@ ALIASES = {
 """Names other tools use -> ours (a field of Recipe, or a setting of the method)."""
 
 CHOICES = {
-    "task": ("auto", "causal", "classify", "regress"),
+    "task": ("auto", "causal", "seq2seq", "classify", "regress"),
     "truncation": ("error", "drop", "left", "right", "split"),
     "train_on": ("completions", "all"),
     "packing": ("auto", "shared", "plain", "off"),

@@ -17,7 +17,7 @@ from torch import nn
 from trimtab.core.attach import activate, attach, plan
 from trimtab.core.delta import Delta, require_state
 from trimtab.core.errors import UserError, listing
-from trimtab.core.fisher import fisher
+from trimtab.core.fisher import MEASURES
 from trimtab.core.method import Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
@@ -31,7 +31,7 @@ from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES, running
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.evaluate.loss import evaluate
-from trimtab.models.loading import Loaded, fingerprint
+from trimtab.models.loading import Loaded, fingerprint, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.train import checkpoint, rundir
 from trimtab.train.interrupt import Interrupt, Stopped
@@ -39,7 +39,7 @@ from trimtab.train.recipe import Recipe, build_method
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
 
-FISHER_ROWS = 256
+MEASURED_ROWS = 256
 SECONDS_BETWEEN = 60.0
 """Seconds between checkpoints where the recipe does not say."""
 RECENT = 40
@@ -307,6 +307,8 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
     table = read(recipe.data)
     form = detect(table, recipe.columns or None)
     task = task_of(recipe, form.name, form.target)
+    if task == "causal" and recipe.task == "auto":
+        task = writing_task(recipe.model)
     train_examples, heldout_examples = parts_of(recipe, examples(table, form))
     tell.note(f"{form.name} data: {len(train_examples)} training rows, {len(heldout_examples)} held out")
 
@@ -321,13 +323,18 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
         tell.note(note)
 
     tell.stage("attaching")
-    if recipe.quantize:
-        rundir.quantize_by_name(model, recipe.quantize)
     pad_id = loaded.tokenizer.pad_token_id
     parts = placed_parts(method, recipe.where, loaded.new_modules)
+    format = rundir.format_named(recipe.quantize) if recipe.quantize else None
+    together = format is not None and any(part.method.takes_out for part in parts)
+    if format is not None and not together:
+        rundir.quantize_left(model, format)
     statistics = measured(model, parts, train_rows, task, pad_id, tell)
     masters = torch.float32 if loaded.dtype in (torch.bfloat16, torch.float16) else None
-    attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics)
+    quantize = format if together else None
+    attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics, quantize=quantize)
+    if format is not None and together:
+        rundir.quantize_left(model, format)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     attached = require_state(model, "tune").adapters["default"].parts
@@ -336,7 +343,8 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
     rate = recipe.learning_rate if recipe.learning_rate is not None else parts[0].method.rate(width_of(model))
     tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {rate:g}")
     longest = max(len(row.ids) for part_rows in (train_rows, heldout_rows) for row in part_rows)
-    seam = None if task == "causal" or recipe.packing == "off" else seam_of(model, train_rows, pad_id)
+    labelled = task in ("classify", "regress") and recipe.packing != "off"
+    seam = seam_of(model, train_rows, pad_id) if labelled else None
     packing = packing_of(recipe, model, task, longest, seam)
     tell.note(f"packing: {packing}")
 
@@ -396,6 +404,8 @@ def task_of(recipe: Recipe, form: str, target: str | None) -> str:
     natural = "causal" if form != "labelled" else "regress" if target == "regression" else "classify"
     if recipe.task in ("auto", natural):
         return natural
+    if recipe.task == "seq2seq" and natural == "causal":
+        return "seq2seq"
     raise UserError(f"task: {recipe.task} was asked for, but {recipe.data} holds {form} rows, which make {natural}")
 
 
@@ -425,6 +435,8 @@ def encoded(
     """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused."""
     limit = recipe.max_length or loaded.max_length
     settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
+    if loaded.task == "seq2seq":
+        settings["decoder_start"] = loaded.model.config.decoder_start_token_id
     train_rows = encode_all(train, loaded.tokenizer, truncation=recipe.truncation, **settings)  # type: ignore[arg-type]
     policy = recipe.truncation if recipe.truncation in ("error", "split") else "right"
     return train_rows, encode_all(heldout, loaded.tokenizer, truncation=policy, labels=train_rows.labels, **settings)  # type: ignore[arg-type]
@@ -449,13 +461,15 @@ def measured(
     """The statistics that some methods want before they start."""
     found: dict[str, torch.Tensor] = {}
     for part in plan(model, [one for one in parts if one.method.statistics] or parts):
-        if part.method.statistics != "fisher":
+        wanted = part.method.statistics
+        if wanted is None:
             continue
-        tell.stage(f"measuring Fisher information on {min(FISHER_ROWS, len(rows))} rows")
+        tell.stage(f"measuring the {wanted} on {min(MEASURED_ROWS, len(rows))} rows")
         device = next(model.parameters()).device
-        chosen = [collate([row], pad_id) for row in rows[:FISHER_ROWS]]
+        chosen = [collate([row], pad_id) for row in rows[:MEASURED_ROWS]]
         on_device = [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
-        found |= fisher(model, on_device, part.where, loss=lambda m, batch: loss_sum(m, dict(batch), task)[0])
+        measure = MEASURES[wanted]
+        found |= measure(model, on_device, part.where, loss=lambda m, batch: loss_sum(m, dict(batch), task)[0])
     return found
 
 
@@ -464,7 +478,7 @@ def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: 
     if recipe.packing == "off":
         return "off"
     if task != "causal" and recipe.packing == "shared":
-        raise UserError("packing: labelled rows cannot share beginnings: every token sees all", fix="packing: plain")
+        raise UserError(f"packing: {task} rows cannot share beginnings: every token sees all", fix="packing: auto")
     if task != "causal" and seam is not None:
         return "plain"
     if task != "causal" or not can_pack(model, longest):

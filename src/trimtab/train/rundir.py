@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.errors import UserError, listing
+from trimtab.core.format import Format
 from trimtab.core.save import write_together
 from trimtab.train.recipe import Recipe, recipe_from
 
@@ -55,21 +56,43 @@ class Run:
         words = (self.record.get("data", {}).get("report") or {}).get("fingerprint")
         if words:
             require_same_words(loaded.tokenizer, words, self.recipe.model)
-        if self.recipe.quantize:
-            quantize_by_name(loaded.model, self.recipe.quantize)
+        format = format_named(self.recipe.quantize) if self.recipe.quantize else None
+        after = takes_out(self.directory / ADAPTER)
+        if format is not None and not after:
+            quantize_left(loaded.model, format)
         load_adapter(loaded.model, self.directory / ADAPTER, trainable=False)
+        if format is not None and after:
+            quantize_left(loaded.model, format)
         return loaded.model.eval(), loaded.tokenizer
 
 
-def quantize_by_name(model: nn.Module, name: str) -> None:
-    """Quantize the frozen weights to a format given by its name; `nf4-double` is NF4 with quantized scales."""
-    from trimtab.core.quantized import quantize
+def format_named(name: str) -> Format:
+    """A storage format by its name; `nf4-double` is NF4 with quantized scales."""
     from trimtab.core.registry import find
 
     if name.lower().replace("_", "-") in ("nf4-double", "nf4dq", "nf4-dq"):
-        quantize(model, find("nf4", "storage")(double=True))
-    else:
-        quantize(model, find(name, "storage")())
+        return find("nf4", "storage")(double=True)
+    return find(name, "storage")()
+
+
+def quantize_left(model: nn.Module, format: Format) -> None:
+    """Quantize the frozen weights that are not quantized yet and carry no adapter."""
+    from trimtab.core.quantized import quantize
+    from trimtab.core.select import select
+
+    def left(place: Any) -> bool:
+        return not {"code", "delta"} & set(model.get_submodule(place.module)._modules)
+
+    places = [place for place in select(model, "all-linear") if left(place)]
+    if places:
+        quantize(model, format, select=lambda *_: places)
+
+
+def takes_out(adapter: Path) -> bool:
+    """Whether an adapter was started on weights that are encoded without a part of them: it encodes them itself."""
+    from trimtab.core.save import read_record
+
+    return any("quantized" in part for part in read_record(adapter)["parts"])
 
 
 def open_run(directory: str | Path) -> Run:

@@ -24,7 +24,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.merge import merge
 from trimtab.core.quantized import quantized_modules
 from trimtab.core.save import adapter_tensors, load, save
-from trimtab.data.batches import batches, collate
+from trimtab.data.batches import IGNORED, batches, collate
 from trimtab.data.encode import Encoded
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.engine.attention import can_pack
@@ -174,7 +174,7 @@ def nudge(model: nn.Module) -> None:
 
 def loss_mask(job: Job, rows: Sequence[Encoded]) -> Check:
     """What the loss counts against what the data says is trained."""
-    if job.task != "causal":
+    if job.task not in ("causal", "seq2seq"):
         return Check("every row has one label", all(row.label is not None for row in rows))
     wanted = sum(sum(row.trained[1:]) for row in rows)
     counted = terms_of(padded(job, rows))
@@ -231,10 +231,10 @@ def endings(job: Job, rows: Sequence[Encoded], before: str, folder: Path) -> lis
     for key, value in adapter_tensors(model, "default").items():
         value.copy_(own[key])
     merge(model)
-    mask = inputs["attention_mask"].bool()
     apart, size = (model(**inputs).logits.float() - edited).abs(), edited.abs()
     if edited.ndim == 3:
-        apart, size = apart[mask], size[mask]
+        real = batch["labels"] != IGNORED if job.task == "seq2seq" else inputs["attention_mask"].bool()
+        apart, size = apart[real], size[real]
     measured = float(apart.max() / size.max())
     bound = 10 * BOUNDS.get(next(model.parameters()).dtype, COARSE * torch.finfo(next(model.parameters()).dtype).eps)
     return [*found, Check("merged = unmerged", measured <= bound, measured, bound, "logits")]
