@@ -20,7 +20,8 @@ class BOFT(WeightMethod):
 
     P_i brings half blocks 2^(i−1) apart together, so that after m = log₂(in / block_size) + 1 factors every input meets
     every other. R_ij = (I − S)(I + S)⁻¹, S = ½(D − Dᵀ), where D (factors, in / block_size, block_size, block_size)
-    starts at 0 and s (out) at 1. Costs factors·block_size·in multiplications per token; nothing after merging. Mergeable.
+    starts at 0 and s (out) at 1. Costs factors·block_size·in multiplications per token; nothing after merging.
+    Mergeable.
     arXiv 2311.06243. As in the official code D is stored whole and s does not scale the bias; PEFT uses a single factor
     where its CUDA extension is missing, whatever it is asked for.
     """
