@@ -3,8 +3,6 @@
 Biases are scaled with the rest.
 """
 
-import numpy as np
-
 
 def oracle(x, W, b, p, method, context):
     x = context["sources"].get("stream", x)

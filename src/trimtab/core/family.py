@@ -55,8 +55,8 @@ class Family:
     outside: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Roles of modules outside the blocks, `embed` above all."""
     enters: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    """`attn`, `ffn`, `cross.attn` -> the module of a block whose input is the residual stream as this sub-layer takes it
-    in: the norm in front of it, or where there is none the sub-layer's own first module. First that exists."""
+    """`attn`, `ffn`, `cross.attn` -> the module of a block whose input is the residual stream as this sub-layer takes
+    it in: the norm in front of it, or where there is none the sub-layer's own first module. First that exists."""
 
 
 def paths_of(patterns: str | Sequence[str]) -> tuple[str, ...]:

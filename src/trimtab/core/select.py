@@ -24,11 +24,11 @@ and may carry
 likewise. A role's name is never read as a path: a module that happens to be called `gate` is `*.gate`. Taking a part
 away from a chosen whole (`all-linear, !q` in GPT-2) leaves its other parts; a part chosen beside its whole is dropped.
 
-`stream` is the module that puts out the residual stream behind the feed-forward: in post-norm models the norm after the
-addition, in others the block. `attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the output
+`attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the output
 projection, its dropout where that is a module of its own, and a norm that comes before the addition (Gemma 2 and 3,
-OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer. Some modules
-return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
+OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer, and `stream` what
+puts out the residual stream behind the feed-forward: the norm after the addition where there is one, else the block.
+Some modules return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
 
 Every term has to match something, and everything that does not is told at once.
 """

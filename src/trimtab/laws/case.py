@@ -60,8 +60,9 @@ FP64 = Storage("fp64", dtype=torch.float64)
 def small(method: Any) -> Any:
     """A method with settings for tiny hosts, nested ones too.
 
-    Integers above 4 become 4, `blocks` at most 2 (what they divide is 4), a `density` a tenth, and `alpha` at most twice the rank: noise on every tensor would
-    otherwise outgrow the weights, and with them what rounding leaves of a comparison.
+    Integers above 4 become 4, but `blocks`, which divide one of them, 2; a `density` a tenth, and `alpha` at most twice
+    the rank: noise on every tensor would otherwise outgrow the weights, and with them what rounding leaves of a
+    comparison.
     """
     if isinstance(method, Placed):
         return Placed(small(method.method), method.where)

@@ -22,9 +22,9 @@ NONE = 2**31
 class AdapterDrop(HiddenMethod):
     """h ← inner(h) in the layers from n on, h ← h below, with n drawn anew for each step of training from 0 … `most`.
 
-    The inner method's tensors are as it makes them; beside them `layer` () and `dropped` () say of a site what `seed` ()
-    and the step's number decide for all. n starts at 0, so the first step trains every layer. What is dropped is not
-    computed and gets no gradient, and below layer n nothing is kept for backward.
+    The inner method's tensors are as it makes them; beside them `layer` () and `dropped` () of a site are fixed, and
+    `seed` () of all sites, from which with the step's number n follows. It starts at 0, so the first step trains every
+    layer. What is dropped is not computed and gets no gradient, and below layer n nothing is kept for backward.
     Costs what the inner method costs, less what is dropped; not mergeable.
     arXiv 2010.11918, its robust training: afterwards `detach(model, where="attn@:5, ffn@:5")` prunes the first five
     layers for good. Its specialised training, with n fixed, is `where="attn@5:, ffn@5:"` without this. `most` is by
@@ -44,7 +44,7 @@ class AdapterDrop(HiddenMethod):
     most: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, HiddenMethod):
+        if self.inner.space != "hidden":
             raise UserError(
                 f"AdapterDrop: {type(self.inner).__name__} does not edit activations", fix="inner=Houlsby()"
             )
@@ -68,7 +68,7 @@ class AdapterDrop(HiddenMethod):
 
     def init(self, site: Site) -> dict[str, Any]:
         layer = torch.tensor(NONE if site.layer is None else site.layer)
-        return {"layer": layer, "dropped": torch.tensor(False), "inner": self.inner.init(site)}
+        return {"layer": layer, "dropped": torch.tensor(0), "inner": self.inner.init(site)}
 
     def count(self, site: Site) -> int:
         return self.inner.count(site)
@@ -79,7 +79,7 @@ class AdapterDrop(HiddenMethod):
         return int(torch.randint(int(p.shared.most) + 1, (), generator=draw, device="cpu"))
 
     def on_step(self, p: Any, step: int) -> None:
-        p.dropped.fill_(bool(p.layer < self.lowest(p, step + 1)))
+        p.dropped.fill_(int(p.layer < self.lowest(p, step + 1)))
         self.inner.on_step(p.inner, step)
 
     def stale(self, p: Any, step: int) -> Sequence[Tensor]:

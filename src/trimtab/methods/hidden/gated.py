@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.method import HiddenMethod, InputMethod, Method
+from trimtab.core.method import HiddenMethod, Method
 from trimtab.core.registry import find
 from trimtab.core.site import Base, Known, Site
 
@@ -37,8 +37,8 @@ class Gated(HiddenMethod):
     inner: Method = field(default_factory=lambda: find("parallel")())
 
     def __post_init__(self) -> None:
-        if isinstance(self.inner, InputMethod) or self.inner.takes_out:
-            why = "shares its virtual tokens between all" if isinstance(self.inner, InputMethod) else "starts in W"
+        if self.inner.space == "input" or self.inner.takes_out:
+            why = "starts inside W" if self.inner.takes_out else "gives all tokens the same virtual ones"
             raise UserError(f"Gated: {type(self.inner).__name__} {why}, so no token can gate it", fix="inner=LoRA()")
         for name in ("where", "source", "statistics"):
             self.__dict__[name] = getattr(self.inner, name)
