@@ -65,3 +65,21 @@ def LoftQ(rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, rounds: int
 def LQLoRA(rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, rounds: int = 10) -> object:
     """LoRA beside quantized W where the loss is most sensitive; needs --quantize (arXiv 2311.12023)."""
     return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("lq_lora", "start")(rounds=rounds))
+
+
+def MAM(length: int = 30, bottleneck: int = 512, scale: float = 4.0) -> tuple[Placed, ...]:
+    """A short prefix at every self-attention and a scaled parallel adapter at every feed-forward (arXiv 2110.04366)."""
+    adapter = find("parallel")(bottleneck=bottleneck, scale=scale)
+    return (find("prefix_tuning")(length=length, hidden=800).at("k, v"), adapter.at("ffn"))
+
+
+def UniPELT(rank: int = 8, alpha: float = 16.0, bottleneck: int = 48, length: int = 10) -> tuple[Placed, ...]:
+    """LoRA and a serial adapter, each behind a gate per token, and a prefix, which has none (arXiv 2110.07577)."""
+    gated, prefix = find("gated"), find("prefix_tuning")(length=length)
+    lora, adapter = find("lora")(rank=rank, alpha=alpha), find("pfeiffer")(bottleneck=bottleneck)
+    return (gated(inner=lora).at("q, v"), gated(inner=adapter).at("stream"), prefix.at("k, v"))
+
+
+def CompacterPlusPlus(bottleneck: int = 24, blocks: int = 4, rank: int = 1) -> tuple[Placed, ...]:
+    """Compacter behind the feed-forward only (arXiv 2106.04647)."""
+    return (find("compacter")(bottleneck=bottleneck, blocks=blocks, rank=rank).at("ffn"),)

@@ -27,11 +27,11 @@ from trimtab.core.delta import (
 )
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.core.install import clash, install, is_raw, plain_base, raw_weight, stand_aside, uninstall
+from trimtab.core.install import clash, install, is_raw, listen, plain_base, raw_weight, stand_aside, uninstall
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
 from trimtab.core.quantized import Taken, check_modules, quantize_module, quantize_without
 from trimtab.core.registry import name_of
-from trimtab.core.select import Place, select
+from trimtab.core.select import Place, Reading, readings, select
 from trimtab.core.site import Base, Known, RawBase, Site
 
 SHARED = "trimtab_shared"
@@ -106,7 +106,18 @@ def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list
         if problems:
             raise UserError(f"attach({type(one).__name__}): {listing(problems, 5)}")
         parts.append(Part(one, place, label, places))
+        sources(model, parts[-1])
     return parts
+
+
+def sources(model: nn.Module, part: Part) -> list[Reading | None]:
+    """Where what a part reads beside its sites' inputs passes by; an error where that is not known."""
+    if not part.method.source:
+        return [None] * len(part.places)
+    try:
+        return readings(model, part.places, part.method.source)
+    except UserError as error:
+        raise UserError(f"attach({type(part.method).__name__}): {error.message}", fix=error.fix) from None
 
 
 def two_ways(model: nn.Module, parts: Sequence[Part]) -> None:
@@ -271,7 +282,22 @@ def site_at(
     stats = (statistics or {}).get(place.name, {})
     kind = "linear" if place.kind == "raw" else place.kind
     takes_bias = not is_raw(module, place) or base.bias is not None  # an edited activation has no bias to ask for
-    return Site(place.name, base, kind, place.role, place.layer, width, index, stats, takes_bias=takes_bias)
+    return Site(
+        *(place.name, base, kind, place.role, place.layer, width, index, stats),
+        takes_bias=takes_bias,
+        heads=heads_of(model, place.module),
+    )
+
+
+def heads_of(model: nn.Module, path: str) -> int | None:
+    """How many query heads the attention a module belongs to has, as it or its configuration says."""
+    for module in reversed(ancestors(model, path)):
+        for source in (module, getattr(module, "config", None)):
+            for name in ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads"):
+                count = getattr(source, name, None)
+                if isinstance(count, int):
+                    return count
+    return None
 
 
 def rows_of(base: Base, place: Place) -> Base:
@@ -286,21 +312,22 @@ def rows_of(base: Base, place: Place) -> Base:
 def commit(
     model: nn.Module, state: State, adapter: Adapter, work: Sequence[tuple[Part, list[Delta], Group | None]]
 ) -> None:
-    """Install prepared deltas: from here on nothing is refused."""
+    """Install prepared deltas: once sources are known, nothing is refused any more."""
+    read = [sources(model, part) for part, *_ in work]
     if not state.adapters:
         state.frozen = {key: value.requires_grad for key, value in model.named_parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.__dict__["_trimtab"] = state
     for index, (part, deltas, group) in enumerate(work):
-        for place, delta in zip(part.places, deltas, strict=True):
+        for place, delta, reading in zip(part.places, deltas, read[index], strict=True):
             module = model.get_submodule(place.module)
-            key = adapter.name + (f"+{index}" if index else "")
-            key += f"/{place.parameter}" if place.parameter else ""
-            key += f":{place.part}" if place.part else ""
+            key = adapter.name + (f"+{index}" if index else "") + site_key(place)
             stack = batches.stack_of(model, place.module) if reads_batch(part.method) else None
             delta.train(module.training)
             install(module, place, delta, key, state, stack.path if stack else "", place.features or 0)
+            if reading is not None:
+                listen(model, module._modules["delta"], part.method.source, reading)  # type: ignore[arg-type]
             above = ancestors(model, place.module)
             if any(isinstance(outer, nn.TransformerEncoderLayer) for outer in above):
                 stand_aside(module)
@@ -321,6 +348,11 @@ def commit(
         batches.install_hooks(model, state, wanted)
 
 
+def site_key(place: Place) -> str:
+    """What tells the deltas of one part on one module apart: the raw parameter and the part of a fused weight."""
+    return (f"/{place.parameter}" if place.parameter else "") + (f":{place.part}" if place.part else "")
+
+
 def ancestors(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules above a path, outermost first."""
     names = path.split(".")
@@ -332,11 +364,17 @@ def reads_batch(method: Method) -> bool:
     return isinstance(method, InputMethod) or getattr(method, "reads_batch", False)
 
 
-def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take an adapter (None: all of them) off again: classes, flags and every bit of the base are as before."""
+def detach(model: nn.Module, name: str | None = None, where: str | None = None) -> nn.Module:
+    """Take an adapter (None: all of them) off again: classes, flags and every bit of the base are as before.
+
+    With `where` only off these sites: `detach(model, where="attn@:5, ffn@:5")` prunes the first five layers, and what
+    is saved afterwards has the other sites only.
+    """
     state = require_state(model, "detach")
     names = list(state.adapters) if name is None else [name]
     check_names(state, names, "detach")
+    if where is not None:
+        names = prune(model, state, names, where)
     for one in names:
         for _, module in list(edited_modules(model)):
             uninstall(module, one)
@@ -357,6 +395,46 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             encoder.use_nested_tensor = True
         del model.__dict__["_trimtab"]
     return model
+
+
+def prune(model: nn.Module, state: State, names: Sequence[str], where: str) -> list[str]:
+    """Take adapters off some of their sites; returns those that are left with none."""
+    gone: dict[int, list[Place]] = {}
+    refusal: UserError | None = None
+    parts = [(name, part) for name in names for part in state.adapters[name].parts]
+    for index, (name, part) in enumerate(parts):
+        try:
+            chosen = {place.name for place in select(model, where, kinds=kinds_of(part.method))}
+        except UserError as error:
+            refusal = UserError(f"detach: {error.message}", fix=error.fix)
+            continue
+        gone[index] = [place for place in part.places if place.name in chosen]
+        if gone[index] and isinstance(part.method, InputMethod):
+            raise UserError(
+                f"detach: the virtual tokens of {name} go through all layers, so it cannot leave some of them",
+                fix=f"trimtab.detach(model, {name!r})",
+            )
+    if not any(gone.values()):
+        has = listing({part.where: None for _, part in parts}, 3)
+        raise refusal or UserError(f"detach: {where!r} names no site of {listing(names)}; it is at {has}")
+    for index, places in gone.items():
+        name, part = parts[index]
+        slot = batches.slot_name(name, part.label)
+        for place in places:
+            module = model.get_submodule(place.module)
+            deltas: Any = module._modules["delta"]
+            uninstall(
+                module,
+                name,
+                [key for key, one in deltas.items() if one.slot == slot and key.endswith(site_key(place))],
+            )
+        part.places = [place for place in part.places if place not in places]
+        if not part.places:
+            state.adapters[name].parts.remove(part)
+            shared: Any = model._modules.get(SHARED, {})
+            if slot in shared:
+                del shared[slot]
+    return [name for name in names if not state.adapters[name].parts]
 
 
 def activate(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) -> nn.Module:

@@ -39,11 +39,14 @@ class Batch:
     """How many positions are reserved in every row."""
     mixed: dict[tuple[str, ...], Slots] = field(default_factory=dict)
     """The slots of rows that use these adapters, where rows differ."""
+    sources: dict[str, Tensor] = field(default_factory=dict)
+    """What methods at the running site read beside its input, by `Method.source`."""
 
     def of_rows(self, names: tuple[str, ...], index: Tensor) -> Batch:
         """The same for the rows at `index`, which use the adapters `names`."""
         prompt = None if self.prompt is None else self.prompt.index_select(0, index)
-        return Batch(self.mixed.get(names, {}), prompt, self.total)
+        sources = {name: value.index_select(0, index) for name, value in self.sources.items()}
+        return Batch(self.mixed.get(names, {}), prompt, self.total, sources=sources)
 
     def replace(self, y: Tensor, values: Tensor, slot: str) -> Tensor:
         """`y` (rows, positions, width) with `values` (length, width) at the positions reserved for `slot`."""

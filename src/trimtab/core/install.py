@@ -10,8 +10,9 @@ Which one is used follows from the host alone, never from the method:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from trimtab.core.batch import follow
 from trimtab.core.delta import Cast, Delta, Deltas, State
 from trimtab.core.errors import UserError
-from trimtab.core.select import Place
+from trimtab.core.select import Place, Reading
 from trimtab.core.site import (
     Base,
     Conv1DBase,
@@ -73,6 +74,11 @@ def edited_opaque(cls: type) -> dict[str, Any]:
     return {"forward": forward, **(iterated if issubclass(cls, nn.Sequential) else {})}
 
 
+def input_name(kwargs: Any) -> str:
+    """The keyword under which a module gets what it works on."""
+    return next((name for name in INPUT_NAMES if name in kwargs), None) or next(iter(kwargs))
+
+
 def run_opaque(module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call the deltas of an opaque module, passing on all other arguments and outputs."""
     deltas: Any = module.delta
@@ -81,7 +87,7 @@ def run_opaque(module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: 
     if args:
         x, args = args[0], args[1:]
     else:
-        name = next((name for name in INPUT_NAMES if name in kwargs), None) or next(iter(kwargs))
+        name = input_name(kwargs)
         kwargs = dict(kwargs)
         x = kwargs.pop(name)
     base = OpaqueBase(module, inner, deltas.batch, args, kwargs, deltas.width)
@@ -257,9 +263,36 @@ def install(module: nn.Module, place: Place, delta: Delta, key: str, state: Stat
         except TypeError:
             deltas.__dict__["hook"] = module.register_forward_hook(delta_hook, with_kwargs=True)
     present: Any = module._modules["delta"]
+    present.__dict__["stack"] = present.stack or stack  # the first method here may not have wanted one
     if raw:
         present.layouts[key] = raw_weight(module, place)
     present[key] = delta
+
+
+def listen(model: nn.Module, deltas: Deltas, source: str, reading: Reading) -> None:
+    """Tell the deltas of a module what passes by elsewhere in its block; one hook per source."""
+    if source in deltas.ears:
+        return
+    module = model.get_submodule(reading.module)
+    if reading.entering:
+        hook = partial(hear_input, deltas, source)
+        deltas.ears[source] = module.register_forward_pre_hook(hook, with_kwargs=True)
+    else:
+        deltas.ears[source] = module.register_forward_hook(partial(hear_output, deltas, source, reading.rows))
+    deltas.__dict__["sources"] = tuple(deltas.ears)
+
+
+def hear_input(deltas: Deltas, source: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook: keeps a module's first input for a site further on."""
+    deltas.heard[source] = args[0] if args else kwargs[input_name(kwargs)]
+
+
+def hear_output(
+    deltas: Deltas, source: str, rows: tuple[int, int] | None, module: nn.Module, args: Any, output: Any
+) -> None:
+    """Forward hook: keeps a module's first output, or rows of it, for a site further on."""
+    y = output[0] if isinstance(output, tuple) else output
+    deltas.heard[source] = y if rows is None else y[..., rows[0] : rows[1]]
 
 
 def clash(module: nn.Module, place: Place) -> str | None:
@@ -282,12 +315,16 @@ def no_change(module: nn.Module, args: Any) -> None:
     """A forward pre-hook without effect."""
 
 
-def uninstall(module: nn.Module, adapter: str) -> None:
-    """Remove one adapter's deltas from a module; the last one restores its class."""
+def uninstall(module: nn.Module, adapter: str, gone: Collection[str] | None = None) -> None:
+    """Remove one adapter's deltas from a module, or those under the keys `gone`; the last one restores its class."""
     deltas: Any = module._modules["delta"]
-    for key in [key for key, delta in deltas.items() if delta.adapter == adapter]:
-        del deltas[key]
-        deltas.__dict__.get("layouts", {}).pop(key, None)
+    for key, delta in list(deltas.items()):
+        if delta.adapter == adapter and (gone is None or key in gone):
+            del deltas[key]
+            deltas.__dict__.get("layouts", {}).pop(key, None)
+    for source in set(deltas.ears) - {delta.method.source for delta in deltas.values()}:
+        deltas.ears.pop(source).remove()
+    deltas.__dict__["sources"] = tuple(deltas.ears)
     if not len(deltas):
         guard, hook = deltas.__dict__.get("guard"), deltas.__dict__.get("hook")
         if guard is not None:

@@ -50,6 +50,9 @@ class Method(ABC):
     """What must be measured on the model before `init` (`fisher`), else None."""
     takes_out: ClassVar[bool] = False
     """Whether a product is taken out of the frozen weight at the start, so that quantizing has to know of it."""
+    source: ClassVar[str] = ""
+    """What it reads beside its site's input, as `base.batch.sources[source]`: `stream`, the residual stream where its
+    sub-layer takes it in, or a role of its attention (`q`), whose output is meant."""
     laws: ClassVar[Mapping[str, str]] = {}
     """Laws this method does not obey, each with the reason; shown in the docs."""
 

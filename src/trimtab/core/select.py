@@ -4,7 +4,7 @@
 
 A term is one of
 
-    role          q k v o qkv  gate up down gate_up  attn ffn block  norm embed head
+    role          q k v o qkv  gate up down gate_up  attn ffn block stream  norm embed head
                   cross.q cross.k cross.v cross.o cross.qkv cross.kv cross.attn        (attention to another stream)
                   expert_gate expert_up expert_down expert_gate_up                     (3-D expert tensors)
     all-linear    every linear of the model except the output head and whatever shares an embedding's weight; the raw
@@ -26,8 +26,9 @@ away from a chosen whole (`all-linear, !q` in GPT-2) leaves its other parts; a p
 
 `attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the output
 projection, its dropout where that is a module of its own, and a norm that comes before the addition (Gemma 2 and 3,
-OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer. Some modules
-return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
+OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer, and `stream` what
+puts out the residual stream behind the feed-forward: the norm after the addition where there is one, else the block.
+Some modules return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
 
 Every term has to match something, and everything that does not is told at once.
 """
@@ -45,6 +46,7 @@ from torch import nn
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.family import (
     CONTRIBUTIONS,
+    SINGLE,
     Family,
     guess,
     is_raw_projection,
@@ -60,7 +62,8 @@ from trimtab.core.family import (
 )
 
 ROLES = (
-    *("q", "k", "v", "o", "qkv", "gate", "up", "down", "gate_up", "attn", "ffn", "block", "norm", "embed", "head"),
+    *("q", "k", "v", "o", "qkv", "gate", "up", "down", "gate_up", "attn", "ffn", "block"),
+    *("stream", "norm", "embed", "head"),
     *("cross.q", "cross.k", "cross.v", "cross.o", "cross.qkv", "cross.kv", "cross.attn"),
     *("expert_gate", "expert_up", "expert_down", "expert_gate_up"),
 )
@@ -73,8 +76,9 @@ TOGETHER: Mapping[str, tuple[str, ...]] = {
     "cross.kv": ("cross.k", "cross.v"),
     "gate_up": ("gate", "up"),
     "expert_gate_up": ("expert_gate", "expert_up"),
+    "stream": ("block",),
 }
-"""What a fused role means where it is not fused."""
+"""What a fused role means where it is not fused, and `stream` where no norm follows the addition."""
 PLURALS = {
     "linear": "linears",
     "embedding": "embeddings",
@@ -148,6 +152,52 @@ def stacks(model: nn.Module) -> dict[str | None, int]:
     return dict(_Anatomy(model).depth)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Where a value passes by that a method reads beside its site's own input."""
+
+    module: str
+    entering: bool
+    """Whether it is the module's first input, else its first output."""
+    rows: tuple[int, int] | None = None
+    """The output rows meant, for a part of a fused weight."""
+
+
+def readings(model: nn.Module, places: Sequence[Place], source: str) -> list[Reading | None]:
+    """Where `source` passes by for each place, in its own block; None where the place reads its own input.
+
+    `stream` is the residual stream as the sub-layer of an `attn`, `ffn` or `cross.attn` takes it in, any other source
+    the output of that role in the attention that an `o` ends. Other places (a path, a block) read their own input.
+    Raises one `UserError` for all places whose source is not known.
+    """
+    anatomy = _Anatomy(model)
+    found: list[Reading | None] = []
+    unknown = []
+    for place in places:
+        block, role = anatomy._block(place.module), place.role or ""
+        if source == "stream":
+            path = anatomy.enters.get((block, role))
+            found.append(None if path is None else Reading(path, True))
+            missing = path is None and role in CONTRIBUTIONS
+        else:
+            wanted, ends = role[:-1] + source, role in ("o", "cross.o")
+            there = [one for one in anatomy.places if one.role == wanted and anatomy._block(one.module) == block]
+            alone = len(there) == 1 and there[0].parameter is None
+            found.append(Reading(there[0].module, False, there[0].rows) if ends and alone else None)
+            missing = ends and not alone
+        if missing:
+            unknown.append(place.name)
+    if unknown:
+        what = (
+            "the residual stream enters the sub-layer of" if source == "stream" else f"the {source} is that belongs to"
+        )
+        raise UserError(
+            f"where {what} {listing(unknown, 3)} is not known of {anatomy.family}",
+            fix="name modules by their path, whose own input is read then",
+        )
+    return found
+
+
 # ---------------------------------------------------------------- what there is
 
 
@@ -167,6 +217,7 @@ class _Anatomy:
         self.roots: dict[str, str] = {}
         self.depth: dict[str | None, int] = {}
         self.family = ""
+        self.enters: dict[tuple[str, str], str] = {}
         self._found: dict[tuple[Any, ...], Place] = {}
         self._roles: dict[tuple[str, str | None], Place] = {}
         self._lookup()
@@ -211,13 +262,17 @@ class _Anatomy:
                 inner[block][path[len(block) + 1 :]] = None
         for block, (stack, _) in mine.items():
             contents = inner[block]
-            for role, patterns in sorted(family.roles.items(), key=lambda item: item[0] in CONTRIBUTIONS):
+            for role, patterns in sorted(family.roles.items(), key=lambda item: item[0] in SINGLE):
                 matches = [at for at in (_matches(contents, stack, text) for text in paths_of(patterns)) if at]
-                if role in CONTRIBUTIONS:
+                if role in SINGLE:
                     matches = matches[:1]
                 for target, part in (target for found in matches for target in found):
                     self._put(role, join(block, target), part, family, config)
             self._put("block", block, None, family, config)
+            for role, patterns in family.enters.items():
+                matches = [at for at in (_matches(contents, stack, text) for text in paths_of(patterns)) if at]
+                if matches:
+                    self.enters[block, role] = join(block, matches[0][0][0])
         for role, patterns in family.outside.items():
             for text in paths_of(patterns):
                 wanted, _, part = text.partition(":")
@@ -255,7 +310,7 @@ class _Anatomy:
                 yield join(path, name)
 
     def _put(self, role: str, path: str, part: str | None, family: Family, config: object) -> None:
-        hidden = role in CONTRIBUTIONS or role == "block"
+        hidden = role in SINGLE or role == "block"
         if path in self.modules:
             module, parameter = path, None
             site = "opaque" if hidden else self.kinds[path]

@@ -60,8 +60,9 @@ FP64 = Storage("fp64", dtype=torch.float64)
 def small(method: Any) -> Any:
     """A method with settings for tiny hosts, nested ones too.
 
-    Integers above 4 become 4, a `density` a tenth, and `alpha` at most twice the rank: noise on every tensor would
-    otherwise outgrow the weights, and with them what rounding leaves of a comparison.
+    Integers above 4 become 4, but `blocks`, which divide one of them, 2; a `density` a tenth, and `alpha` at most twice
+    the rank: noise on every tensor would otherwise outgrow the weights, and with them what rounding leaves of a
+    comparison.
     """
     if isinstance(method, Placed):
         return Placed(small(method.method), method.where)
@@ -70,7 +71,9 @@ def small(method: Any) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > LIMIT:
+        if field.name == "blocks" and value > 2:
+            changes[field.name] = 2
+        elif isinstance(value, int) and not isinstance(value, bool) and value > LIMIT:
             changes[field.name] = LIMIT
         elif field.name == "density" and value < 0.1:
             changes[field.name] = 0.1

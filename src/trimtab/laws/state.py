@@ -208,7 +208,9 @@ def alone(case: Case, one: dict[str, Tensor]) -> None:
     last = adapter.parts[0].places[-1]
     if len(adapter.parts[0].places) < 2 or last.part or last.parameter:
         return
-    few = attach(case.model(), method, last.name, statistics=statistics(case.method, case.host))
+    hidden = last.kind == "opaque" and last.role is not None  # its path alone may mean the weight of that module
+    at = f"{last.role}@{last.layer}" if hidden else last.name
+    few = attach(case.model(), method, at, statistics=statistics(case.method, case.host))
     same = {key: value for key, value in adapter_tensors(few, "default").items() if "@shared" not in key}
     same_bits(same, {key: one[key] for key in same}, f"start of {last.name} alone")
 
