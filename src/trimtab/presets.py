@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trimtab.core.errors import UserError
 from trimtab.core.method import Placed
 from trimtab.core.registry import find
 
@@ -65,3 +66,25 @@ def LoftQ(rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, rounds: int
 def LQLoRA(rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, rounds: int = 10) -> object:
     """LoRA beside quantized W where the loss is most sensitive; needs --quantize (arXiv 2311.12023)."""
     return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("lq_lora", "start")(rounds=rounds))
+
+
+def TopLayers(layers: int = 2) -> object:
+    """Full training of everything in the last layers (of each stack) and of a new head; nothing below is computed."""
+    if layers < 1:
+        raise UserError(f"TopLayers: layers={layers!r}", fix="layers of 1 or more")
+    return find("full")().at(f"all@-{layers}:")
+
+
+def HeadOnly() -> object:
+    """Full training of the output head alone; a tied head is untied when it is merged."""
+    return find("full")().at("head")
+
+
+def Embedding() -> object:
+    """Full training of the input embedding alone; a tied head keeps its frozen weight."""
+    return find("full")().at("embed")
+
+
+def PERP() -> tuple[Placed, ...]:
+    """Retraining after pruning: biases, added where there are none, and norms; zeros stay (arXiv 2312.15230)."""
+    return (find("output_bias")().at("all-linear"), find("ln_tuning")().at("norm"))
