@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +230,8 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                     summed, _ = loss_sum(model, batch, job.task)
                     (summed / terms).backward()
                     loss += float(summed.detach()) / terms
-                for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
-                    term.backward()
+                    del summed  # its graph knows the trained tensors in their old shape, which `settle` may change
+                add_penalties(deltas)
 
                 norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf))
                 refuse_divergence(job, step, loss, norm, counters["last_losses"], rows)
@@ -238,7 +239,7 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                     group["lr"] = job.rate * factor_at(step, job.steps, recipe)
                 optimizer.step()
                 step += 1
-                settle(model, step, lambda part, step=step: job.measure_again(part, step))
+                settle(model, step, partial(job.measure_again, step=step))
                 for delta in deltas:
                     delta.method.on_step(delta, step)
                     for tensor in delta.method.stale(delta, step):
@@ -285,9 +286,15 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
         tracker.close()
     if best:
         checkpoint.put(model, best)
-    settle(model, None, lambda part: job.measure_again(part, step))
+    settle(model, None, partial(job.measure_again, step=step))
     job.record["kept_step"] = counters["best_step"] if best else step
     return metrics
+
+
+def add_penalties(deltas: Sequence[Delta]) -> None:
+    """Add the gradients of the terms that methods put on their own tensors."""
+    for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
+        term.backward()
 
 
 def due(recipe: Recipe, step: int, last_saved: float) -> bool:

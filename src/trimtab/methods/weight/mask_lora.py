@@ -28,7 +28,7 @@ class MaskLoRA(WeightMethod):
     learning_rate: ClassVar[float] = 1.5e-3
     width_power: ClassVar[float] = 1.0
     """As LoRA, which it is on a weight without zeros."""
-    laws: ClassVar[Mapping[str, str]] = {"cost": "the zeros of W mask the product entry by entry, so W' itself is built"}
+    laws: ClassVar[Mapping[str, str]] = {"cost": "zeros of W mask the product entry by entry, so W' itself is built"}
 
     rank: int = 16
     alpha: float = 32.0

@@ -18,7 +18,7 @@ from trimtab.core.site import Site
 class ScaleLoRA(WeightMethod):
     """W' = W ∘ (B A): every weight is rescaled, and a zero stays a zero.
 
-    A (rank, in) and B (out, rank) start at 1/√rank, so that B A is 1 everywhere; exactly, where √rank is a power of two.
+    A (rank, in) and B (out, rank) start at 1/√rank, so B A is 1 everywhere; exactly, where √rank is a power of two.
     Costs rank·in·out multiplications per step, not per token, to build W'; nothing after merging. Mergeable.
     PERP, arXiv 2312.15230. All rows of A start alike and get the same gradient, so under any optimizer that treats them
     alike B A stays of rank one whatever `rank`, a product of one factor per output and one per input.
