@@ -88,7 +88,7 @@ class Method(ABC):
         return None
 
     def stale(self, p: Any, step: int) -> Sequence[Tensor]:
-        """Trained tensors that `on_step` or `settle` drew anew at this step: the optimizer forgets them; none usually."""
+        """Trained tensors that `on_step` or `settle` drew anew at this step: the optimizer forgets them; often none."""
         return ()
 
     def due(self, step: int | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -50,5 +51,5 @@ def outlived(parameter: nn.Parameter) -> bool:
     """Whether a graph built before a parameter changed its shape still collects its gradients."""
     if not parameter.requires_grad:
         return False
-    known = getattr(get_gradient_edge(parameter).node, "_input_metadata", None)
+    known: Any = getattr(get_gradient_edge(parameter).node, "_input_metadata", None)
     return bool(known) and tuple(known[0].shape) != tuple(parameter.shape)
