@@ -25,6 +25,8 @@ _HOME = {
     "covariance": "core.fisher",
     "fisher": "core.fisher",
     "gradient": "core.fisher",
+    "hardest_fisher": "core.fisher",
+    "prune": "core.prune",
     "select": "core.select",
     "Method": "core.method",
     "WeightMethod": "core.method",

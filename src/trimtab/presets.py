@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trimtab.core.errors import UserError
 from trimtab.core.method import Placed
 from trimtab.core.registry import find
 
@@ -83,3 +84,25 @@ def UniPELT(rank: int = 8, alpha: float = 16.0, bottleneck: int = 48, length: in
 def CompacterPlusPlus(bottleneck: int = 24, blocks: int = 4, rank: int = 1) -> tuple[Placed, ...]:
     """Compacter behind the feed-forward only (arXiv 2106.04647)."""
     return (find("compacter")(bottleneck=bottleneck, blocks=blocks, rank=rank).at("ffn"),)
+
+
+def TopLayers(layers: int = 2) -> object:
+    """Full training of everything in the last layers (of each stack) and of a new head; nothing below is computed."""
+    if layers < 1:
+        raise UserError(f"TopLayers: layers={layers!r}", fix="layers of 1 or more")
+    return find("full")().at(f"all@-{layers}:")
+
+
+def HeadOnly() -> object:
+    """Full training of the output head alone; a tied head is untied when it is merged."""
+    return find("full")().at("head")
+
+
+def Embedding() -> object:
+    """Full training of the input embedding alone; a tied head keeps its frozen weight."""
+    return find("full")().at("embed")
+
+
+def PERP() -> tuple[Placed, ...]:
+    """Retraining after pruning: biases, added where there are none, and norms; zeros stay (arXiv 2312.15230)."""
+    return (find("output_bias")().at("all-linear"), find("ln_tuning")().at("norm"))

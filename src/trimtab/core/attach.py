@@ -100,6 +100,8 @@ def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list
         label = stem if labels[stem] == 1 else f"{stem}-{labels[stem]}"
         try:
             places = select(model, place, kinds=kinds_of(one))
+            if one.on_bias:
+                places = biased(model, places, place)
         except UserError as error:
             raise UserError(f"attach({type(one).__name__}): {error.message}", fix=error.fix) from None
         problems = [problem for found in places if (problem := unfit(model, one, found))]
@@ -118,6 +120,18 @@ def sources(model: nn.Module, part: Part) -> list[Reading | None]:
         return readings(model, part.places, part.method.source)
     except UserError as error:
         raise UserError(f"attach({type(part.method).__name__}): {error.message}", fix=error.fix) from None
+
+
+def biased(model: nn.Module, places: Sequence[Place], where: str) -> list[Place]:
+    """The places that have a bias; an error where none has."""
+    found = [place for place in places if site_at(model, State(), place).base.bias is not None]
+    if not found:
+        names = listing([place.name for place in places], 2)
+        raise UserError(
+            f'none of the {len(places)} places of "{where}" has a bias ({names})',
+            fix="OutputBias adds a trained one where there is none",
+        )
+    return found
 
 
 def two_ways(model: nn.Module, parts: Sequence[Part]) -> None:
@@ -258,8 +272,9 @@ def init_at(method: Method, site: Site, place: Place, model: nn.Module) -> dict[
     stacked, b = site.base.weight, site.base.bias
     drawn = []
     for expert, matrix in enumerate(stacked):
-        one = Site(**{**vars(site), "base": RawBase(matrix, None if b is None else b[expert])})
-        drawn.append(method.init(one))
+        base = RawBase(matrix, None if b is None else b[expert])
+        measured = {name: value[expert] for name, value in site.statistics.items()}
+        drawn.append(method.init(Site(**{**vars(site), "base": base, "statistics": measured})))
     return _stack(drawn)
 
 

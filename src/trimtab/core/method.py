@@ -48,6 +48,8 @@ class Method(ABC):
     """Names of tensors whose shape is chosen from data at init, so a file decides it at load."""
     statistics: ClassVar[str | None] = None
     """What must be measured on the model before `init` (`fisher`), else None."""
+    on_bias: ClassVar[bool] = False
+    """Whether it sits only where there is a bias already; other places that `where` names are passed over."""
     takes_out: ClassVar[bool] = False
     """Whether a product is taken out of the frozen weight at the start, so that quantizing has to know of it."""
     source: ClassVar[str] = ""
@@ -89,8 +91,16 @@ class Method(ABC):
         return None
 
     def stale(self, p: Any, step: int) -> Sequence[Tensor]:
-        """Trained tensors that `on_step` drew anew at this step: the optimizer forgets them; none by default."""
+        """Trained tensors that `on_step` or `settle` drew anew at this step: the optimizer forgets them; often none."""
         return ()
+
+    def due(self, step: int | None) -> bool:
+        """Whether `settle` wants to be called after this step (None: after the last one); never by default."""
+        return False
+
+    def settle(self, sites: Mapping[str, Any], statistics: Mapping[str, Tensor], step: int | None) -> None:
+        """Decide something over all sites (name -> p) together, with what `statistics` names measured again."""
+        return None
 
     def rate(self, width: int) -> float:
         """The default learning rate for a model of this residual width, to two digits."""

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +99,35 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter by its key in the file."""
+    found: dict[str, Tensor] = {}
+    for prefix, holder, _ in holders(model, name):
+        found |= {prefix + key: value for key, value in holder.state_dict().items()}
+    return found
+
+
+def holders(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Part]]:
+    """Whatever holds tensors of an adapter: the start of their keys in the file, the module, its part."""
     state = require_state(model, "save")
     check_names(state, [name], "save")
-    found: dict[str, Tensor] = {}
     for part in state.adapters[name].parts:
         for place, delta in zip(part.places, deltas_of(model, state, name, part), strict=True):
-            for key, value in delta.state_dict().items():
-                found[f"{part.label}.{place.name}.{key}"] = value
+            yield f"{part.label}.{place.name}.", delta, part
         group: Any = model._modules.get(SHARED)
         slot = batches.slot_name(name, part.label)
         if group is not None and slot in group:
-            for key, value in group[slot].state_dict().items():
-                found[f"{part.label}.@shared.{key}"] = value
-    return found
+            yield f"{part.label}.@shared.", group[slot], part
+
+
+def overwrite(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite every tensor of an adapter in place; an elastic one takes the shape it is given."""
+    with torch.no_grad():
+        for prefix, holder, part in holders(model, name):
+            for key, value in holder.state_dict(keep_vars=True).items():
+                given = tensors[prefix + key]
+                if value.shape != given.shape and key in part.method.elastic:
+                    value.data = given.to(value, copy=True)
+                else:
+                    value.copy_(given)
 
 
 def deltas_of(model: nn.Module, state: State, name: str, part: Part) -> list[Delta]:

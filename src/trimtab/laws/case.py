@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.core.attach import Attachable, attach, plan, reads_batch, site_at
 from trimtab.core.delta import State
+from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
 from trimtab.core.quantized import quantize, quantize_module
@@ -105,6 +106,8 @@ def fits(method: Attachable, host: Host, storage: Storage) -> bool:
     """Whether the laws speak of this method on this host in this storage."""
     if storage.format is not None and not host.coded:
         return False
+    if any(one.on_bias for one in methods_in(method)) and not biased(method, host):
+        return False
     if host.kind == "model":
         return True
     if not isinstance(method, Method) or isinstance(method, InputMethod):
@@ -170,6 +173,15 @@ class Case:
     def virtual_tokens(self) -> int:
         """Reserved positions a forward has."""
         return sum(one.virtual_tokens for one in methods_in(self.method) if isinstance(one, InputMethod))
+
+
+def biased(method: Attachable, host: Host) -> bool:
+    """Whether a method that edits biases finds one on a host."""
+    try:
+        plan(_built(host, FP32, "cpu"), method, host.where)
+    except UserError:
+        return False
+    return True
 
 
 class seeded:

@@ -48,7 +48,8 @@ def trains_only(case: Case) -> None:
     move(model)
     model.zero_grad()
     before = {name: parameter.detach().clone() for name, parameter in asking.items()}
-    case.run(model).float().square().mean().backward()
+    loss = case.run(model).float().square().mean()
+    (loss + sum(term for delta in deltas(model) if (term := delta.method.penalty(delta)) is not None)).backward()
     for name, parameter in asking.items():
         require(parameter.grad is not None, f"{name} gets no gradient")
         grad: Any = parameter.grad

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.save import adapter_tensors, write_together
+from trimtab.core.save import adapter_tensors, overwrite, write_together
 
 FOLDER, TENSORS, RECORD = "checkpoints", "state.safetensors", "state.json"
 
@@ -117,9 +117,7 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise UserError(f"checkpoint: it is of another adapter ({len(odd)} keys differ, first {odd[0]})")
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(tensors[key])
+    overwrite(model, "default", tensors)
 
 
 def taken(model: nn.Module) -> dict[str, Tensor]:

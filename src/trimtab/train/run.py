@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 
 from trimtab.core.attach import activate, attach, plan
-from trimtab.core.delta import Delta, require_state
+from trimtab.core.delta import Delta, Part, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import MEASURES
 from trimtab.core.method import Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
+from trimtab.core.settle import settle
 from trimtab.data.batches import batches, collate
 from trimtab.data.encode import Encoded, EncodedSet, encode_all, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
@@ -97,6 +99,13 @@ class Job:
         """What the model is trained and measured in."""
         packed, policy = self.packing != "off", self.recipe.checkpointing
         return running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy)
+
+    def measure_again(self, part: Part, step: int) -> dict[str, torch.Tensor]:
+        """The statistics of a part on some training rows, other ones after every step."""
+        generator = torch.Generator().manual_seed(self.recipe.seed + step)
+        chosen = torch.randperm(len(self.train_rows), generator=generator)[:MEASURED_ROWS].tolist()
+        rows = [on(self.together([self.train_rows[index]]), self.device) for index in chosen]
+        return statistics_of(self.model, part, rows, self.task)
 
     def measure(self) -> dict[str, Any]:
         """The held-out measures of the model as it is."""
@@ -221,8 +230,8 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                     summed, _ = loss_sum(model, batch, job.task)
                     (summed / terms).backward()
                     loss += float(summed.detach()) / terms
-                for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
-                    term.backward()
+                    del summed  # its graph knows the trained tensors in their old shape, which `settle` may change
+                add_penalties(deltas)
 
                 norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf))
                 refuse_divergence(job, step, loss, norm, counters["last_losses"], rows)
@@ -230,6 +239,7 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                     group["lr"] = job.rate * factor_at(step, job.steps, recipe)
                 optimizer.step()
                 step += 1
+                settle(model, step, partial(job.measure_again, step=step))
                 for delta in deltas:
                     delta.method.on_step(delta, step)
                     for tensor in delta.method.stale(delta, step):
@@ -276,8 +286,15 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
         tracker.close()
     if best:
         checkpoint.put(model, best)
+    settle(model, None, partial(job.measure_again, step=step))
     job.record["kept_step"] = counters["best_step"] if best else step
     return metrics
+
+
+def add_penalties(deltas: Sequence[Delta]) -> None:
+    """Add the gradients of the terms that methods put on their own tensors."""
+    for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
+        term.backward()
 
 
 def due(recipe: Recipe, step: int, last_saved: float) -> bool:
@@ -468,9 +485,14 @@ def measured(
         device = next(model.parameters()).device
         chosen = [collate([row], pad_id) for row in rows[:MEASURED_ROWS]]
         on_device = [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
-        measure = MEASURES[wanted]
-        found |= measure(model, on_device, part.where, loss=lambda m, batch: loss_sum(m, dict(batch), task)[0])
+        found |= statistics_of(model, part, on_device, task)
     return found
+
+
+def statistics_of(model: nn.Module, part: Part, rows: Sequence[Batch], task: str) -> dict[str, torch.Tensor]:
+    """What a part's method wants measured, on batches of one row."""
+    measure = MEASURES[part.method.statistics or ""]
+    return measure(model, rows, part.where, loss=lambda m, batch: loss_sum(m, batch, task)[0])
 
 
 def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: Seam | None) -> str:
