@@ -270,7 +270,7 @@ def site_at(
         base = rows_of(base, place)
     stats = (statistics or {}).get(place.name, {})
     kind = "linear" if place.kind == "raw" else place.kind
-    takes_bias = base.bias is not None or (kind != "norm" and not is_raw(module, place))
+    takes_bias = not is_raw(module, place) or base.bias is not None  # an edited activation has no bias to ask for
     return Site(place.name, base, kind, place.role, place.layer, width, index, stats, takes_bias=takes_bias)
 
 
