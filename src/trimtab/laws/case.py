@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from trimtab.core.quantized import quantize, quantize_module
 from trimtab.core.registry import find, name_of, names
 from trimtab.laws.hosts import ROWS, Host, zoo
 from trimtab.laws.judging import move
+from trimtab.laws.twin import twin
 
 LIMIT = 4
 """The largest integer setting on a tiny host."""
@@ -141,7 +141,7 @@ class Case:
 
     def model(self, device: str = "cpu") -> nn.Module:
         """A fresh host in eval mode, its vectors (biases, gains) away from 0 and 1, in its storage."""
-        return copy.deepcopy(_built(self.host, self.storage, device))
+        return twin(_built(self.host, self.storage, device))
 
     def inputs(self, seed: int = 11, rows: int | None = None) -> dict[str, Tensor]:
         """Inputs for the host, in its floating type."""

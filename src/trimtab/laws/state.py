@@ -221,7 +221,7 @@ def copies(case: Case) -> None:
     """pickle and deepcopy give a model that computes the same, is of the same class, and shares nothing."""
     model = case.attached()
     with torch.no_grad():
-        output = case.run(model)
+        output, frozen = case.run(model), case.run(case.model())
         for how, make in (("deepcopy", copy.deepcopy), ("pickle", lambda m: pickle.loads(pickle.dumps(m)))):
             twin = make(model)
             close(case.run(twin), output, 0, how)
@@ -232,5 +232,5 @@ def copies(case: Case) -> None:
             activate(twin, None)
             close(case.run(model), output, 0, f"the model after changing its {how}")
             detach(twin)
-            close(case.run(twin), case.run(case.model()), 0, f"{how}, detached")
+            close(case.run(twin), frozen, 0, f"{how}, detached")
             close(case.run(model), output, 0, f"the model after detaching its {how}")
