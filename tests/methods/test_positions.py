@@ -20,6 +20,7 @@ METHODS = {
     "prefix": tt.PrefixTuning(length=4, hidden=8),
     "prefix-direct": tt.PrefixTuning(length=4, hidden=None),
     "loreft": tt.LoReFT(rank=2, first=2, last=2),
+    "untied": tt.Untied(inner=tt.DiReFT(rank=2, first=2, last=1)),
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 

@@ -26,7 +26,7 @@ from trimtab.data.encode import Encoded, EncodedSet, encode_all, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
-from trimtab.engine.attention import can_pack
+from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES, running
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
@@ -91,7 +91,7 @@ class Job:
             return collate(rows, self.pad_id)
         if self.seam is not None:
             return bag(rows, self.seam.first_position)
-        return pack(rows, SHARE if self.packing == "shared" else None)
+        return pack(rows, SHARE if self.packing == "shared" else None, edited_ends(self.model) or ())
 
     def running(self) -> AbstractContextManager[None]:
         """What the model is trained and measured in."""
