@@ -1,4 +1,4 @@
-"""Untied LoReFT (arXiv 2404.03592): h + R^T (W h + b - R h) with one (R, W, b) for the first positions of the prompt and
+"""Untied LoReFT (arXiv 2404.03592): h + R^T (W h + b - R h), one (R, W, b) for the first positions of the prompt and
 another for the last.
 
 R's rows are an orthonormal basis of the rows of the trained M, by the Cholesky factor of its Gram matrix.

@@ -1,4 +1,4 @@
-"""LobiReFT: a constant vector out of a low-rank subspace is added to the residual stream, at chosen prompt positions."""
+"""LobiReFT: a constant vector out of a low-rank subspace is added to the residual stream at chosen prompt positions."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ class Untied(HiddenMethod):
     """h ← h + edit(h; p) at the first tokens of the prompt, and h ← h + edit(h; q) at its last ones.
 
     `edit` is that of `inner`, by default LoReFT's; p and q are two sets of its tensors, (rank, width) and (rank), drawn
-    one after the other, so they start unlike each other. Trains twice as many values; costs what the inner method costs
-    twice over in prefill, none in decoding. Not mergeable.
+    one after the other, so they start unlike each other. After the last block nothing reads the first tokens of a
+    prompt, so p does not train there. Trains twice as many values; costs what the inner method costs twice over in
+    prefill, none in decoding. Not mergeable.
     arXiv 2404.03592, "untied" in its tables. The official code makes two interventions per block of it.
     """
 
