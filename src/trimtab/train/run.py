@@ -495,10 +495,7 @@ def group_of(recipe: Recipe, model: nn.Module, task: str, longest: int) -> int |
     if task != "causal" or not can_shift(model, longest):
         raise UserError("attention: shifted is for causal models and methods that can be packed", fix="attention: full")
     if recipe.packing in ("shared", "off"):
-        why = (
-            "shared beginnings have no groups of their own" if recipe.packing == "shared" else "padding has groups too"
-        )
-        raise UserError(f"packing: {recipe.packing} and shifted attention: {why}", fix="packing: plain")
+        raise UserError(f"packing: {recipe.packing} leaves rows without groups of their own", fix="packing: plain")
     return recipe.group or group_for(longest)
 
 

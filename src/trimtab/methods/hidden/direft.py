@@ -24,7 +24,6 @@ class DiReFT(PromptEdit):
     """
 
     paper: ClassVar[str] = "2404.03592"
-    learning_rate: ClassVar[float] = 2e-3
 
     def init(self, site: Site) -> dict[str, Any]:
         source, target = nn.Linear(site.out_features, self.rank), nn.Linear(site.out_features, self.rank, bias=False)

@@ -25,7 +25,6 @@ class LobiReFT(PromptEdit):
     """
 
     paper: ClassVar[str] = "2404.03592"
-    learning_rate: ClassVar[float] = 2e-3
 
     def init(self, site: Site) -> dict[str, Any]:
         M = nn.init.orthogonal_(torch.empty(self.rank, site.out_features))

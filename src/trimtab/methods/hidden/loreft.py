@@ -27,7 +27,6 @@ class LoReFT(PromptEdit):
     """
 
     paper: ClassVar[str] = "2404.03592"
-    learning_rate: ClassVar[float] = 2e-3
 
     def init(self, site: Site) -> dict[str, Any]:
         source = nn.Linear(site.out_features, self.rank)
