@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trimtab.core.errors import UserError
-from trimtab.core.method import Placed
+from trimtab.core.method import Parts, Placed
 from trimtab.core.registry import find
 
 
@@ -15,6 +15,24 @@ def DoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> object:
 def HoulsbyNorm(bottleneck: int = 64) -> tuple[Placed, ...]:
     """Houlsby adapters and the trained layer norms of the paper's code (arXiv 1902.00751)."""
     return (find("houlsby")(bottleneck=bottleneck).at("attn, ffn"), find("ln_tuning")().at("norm"))
+
+
+def LongLoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, group: int | None = None) -> Parts:
+    """LoRA, trained embeddings and norms, tuned with attention in shifted groups (arXiv 2309.12307)."""
+    # Embeddings first: one learning rate serves all parts, theirs, as in the paper.
+    dense = [find("full")().at(where) for where in ("embed", "norm")]
+    low = find("lora")(rank=rank, alpha=alpha, dropout=dropout).at("q, k, v, o")
+    return Parts([*dense, low], {"attention": "shifted", "group": group})
+
+
+def UntiedLoReFT(rank: int = 4, first: int = 7, last: int = 7) -> object:
+    """LoReFT with tensors of their own for the first and the last tokens of the prompt (arXiv 2404.03592)."""
+    return find("untied")(inner=find("loreft")(rank=rank, first=first, last=last))
+
+
+def UntiedDiReFT(rank: int = 4, first: int = 7, last: int = 7) -> object:
+    """DiReFT with tensors of their own for the first and the last tokens of the prompt (arXiv 2404.03592)."""
+    return find("untied")(inner=find("direft")(rank=rank, first=first, last=last))
 
 
 def RsLoRA(rank: int = 64, alpha: float = 16.0, dropout: float = 0.0) -> object:

@@ -163,6 +163,3 @@ def test_what_packing_would_get_wrong_is_not_packed() -> None:
     model = llama()
     tt.attach(model, tt.PrefixTuning(length=3, hidden=None))
     assert not can_pack(model, 64)
-    tt.detach(model)
-    tt.attach(model, tt.LoReFT(rank=2))
-    assert not can_pack(model, 64)

@@ -35,6 +35,10 @@ class Batch:
     slots: Slots = field(default_factory=dict)
     prompt: Tensor | None = None
     """(rows, positions) bool: real tokens before the first trained one; None while decoding."""
+    order: Tensor | None = None
+    """(1, tokens) in a pack: where each token stands in its row; None where the batch has a line for every row."""
+    lengths: Tensor | None = None
+    """(1, tokens) in a pack: how many prompt tokens the token's row has."""
     total: int = 0
     """How many positions are reserved in every row."""
     mixed: dict[tuple[str, ...], Slots] = field(default_factory=dict)
@@ -46,7 +50,7 @@ class Batch:
         """The same for the rows at `index`, which use the adapters `names`."""
         prompt = None if self.prompt is None else self.prompt.index_select(0, index)
         sources = {name: value.index_select(0, index) for name, value in self.sources.items()}
-        return Batch(self.mixed.get(names, {}), prompt, self.total, sources=sources)
+        return Batch(self.mixed.get(names, {}), prompt, self.order, self.lengths, self.total, sources=sources)
 
     def replace(self, y: Tensor, values: Tensor, slot: str) -> Tensor:
         """`y` (rows, positions, width) with `values` (length, width) at the positions reserved for `slot`."""
@@ -118,6 +122,9 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
     prompt = None if done else real
     if prompt is not None and stack.causal and state.prompt is not None and state.prompt.shape == prompt.shape:
         prompt = prompt & state.prompt
+    order, lengths = state.packed if state.packed is not None else (None, None)
+    if order is not None and lengths is not None:
+        prompt = order < lengths
 
     if total:
         where = "front" if stack.causal else "back"
@@ -159,9 +166,9 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
     first = {names: total - need if stack.causal else -total for names, need in needs.items()}
     slots = {names: _ranges(wanted, names, first[names]) for names in needs}
     if state.rows is None:
-        state.batches[stack.path] = Batch(slots[state.active], prompt, total)
+        state.batches[stack.path] = Batch(slots[state.active], prompt, order, lengths, total)
     else:
-        state.batches[stack.path] = Batch({}, prompt, total, slots)
+        state.batches[stack.path] = Batch({}, prompt, order, lengths, total, slots)
     return (), call
 
 
@@ -247,6 +254,20 @@ def prompts(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
         state.prompt, state.prompt_held = None, False
 
 
+@contextmanager
+def packed_prompts(model: nn.Module, order: Tensor, lengths: Tensor) -> Iterator[None]:
+    """For packs: tells position-dependent methods where each token stands in its row, and how long its prompt is."""
+    state = model.__dict__.get("_trimtab")
+    if state is None:
+        yield
+        return
+    state.packed = (order, lengths)
+    try:
+        yield
+    finally:
+        state.packed = None
+
+
 def install_hooks(model: nn.Module, state: State, paths: list[str]) -> None:
     """Put the hooks on the root and on the stacks of these module paths, once each."""
     present = {hook[0] for hook in state.hooks}
@@ -287,7 +308,7 @@ def remove_hooks(state: State) -> None:
             handle.remove()
     state.hooks.clear()
     state.batches.clear()
-    state.prompt = None
+    state.prompt = state.packed = None
 
 
 def _join(virtual: Tensor, real: Tensor, where: str) -> Tensor:

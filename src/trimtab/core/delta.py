@@ -133,6 +133,8 @@ class State:
     batches: dict[str, Batch] = field(default_factory=dict)
     prompt: Tensor | None = None
     prompt_held: bool = False
+    packed: tuple[Tensor, Tensor] | None = None
+    """Of a running pack, (1, tokens) each: where a token stands in its row, and how many prompt tokens the row has."""
     hooks: list[Any] = field(default_factory=list)
     padded: list[Any] = field(default_factory=list)
     """torch's encoders that would pack padded rows into nested tensors, which no method takes; kept from it."""

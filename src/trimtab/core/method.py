@@ -13,7 +13,7 @@ is a body, a dict is a nested group. `base` is the frozen thing seen through `tr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -120,6 +120,18 @@ class Placed:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.method, self.where))
+
+
+class Parts(tuple[Placed, ...]):
+    """The parts of a preset that also wants something of the recipe: `recipe` holds keys and values, which the recipe's
+    own go before. Attached to a model, it is a tuple like any other."""
+
+    recipe: Mapping[str, Any]
+
+    def __new__(cls, parts: Iterable[Placed], recipe: Mapping[str, Any]) -> Parts:
+        made = super().__new__(cls, parts)
+        made.recipe = recipe
+        return made
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.attach import reads_batch
 from trimtab.core.delta import state_of
-from trimtab.core.method import InputMethod
+from trimtab.core.method import Method
+from trimtab.core.positions import Ends
 from trimtab.data.packing import Bag, Segment
 from trimtab.engine.row_attention import row_attention
 
@@ -75,10 +77,10 @@ def causal_after(queries: int, keys: int, device: torch.device) -> Tensor:
 def can_pack(model: nn.Module, longest: int) -> bool:
     """Whether packing is exact for this model: a causal one on transformers' attention interface, plain softmax.
 
-    Not packed: sliding windows shorter than a row, capped scores, state-space layers, and adapters that reserve or read
-    positions of a padded batch.
+    Not packed: sliding windows shorter than a row, capped scores, state-space layers, and adapters that reserve
+    positions, or read those of a padded batch without saying which ends of the prompt they edit.
     """
-    return plain_attention(model, longest) and not reads_positions(model)
+    return plain_attention(model, longest) and edited_ends(model) is not None
 
 
 def plain_attention(model: nn.Module, longest: int) -> bool:
@@ -96,9 +98,24 @@ def plain_attention(model: nn.Module, longest: int) -> bool:
 
 def reads_positions(model: nn.Module) -> bool:
     """Whether an attached method reserves or reads positions of a padded batch."""
+    return any(reads_batch(method) for method in attached(model))
+
+
+def edited_ends(model: nn.Module) -> tuple[Ends, ...] | None:
+    """The ends of the prompt that attached methods edit; None where one of them needs rows of their own."""
+    found: list[Ends] = []
+    for method in filter(reads_batch, attached(model)):
+        ends = getattr(method, "ends", None)
+        if ends is None:
+            return None
+        found += ends
+    return tuple(dict.fromkeys(found))
+
+
+def attached(model: nn.Module) -> list[Method]:
+    """Every method on a model."""
     state = state_of(model)
-    parts = [part for adapter in state.adapters.values() for part in adapter.parts] if state else []
-    return any(isinstance(p.method, InputMethod) or getattr(p.method, "reads_batch", False) for p in parts)
+    return [part.method for adapter in state.adapters.values() for part in adapter.parts] if state else []
 
 
 @contextmanager

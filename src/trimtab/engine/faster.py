@@ -19,6 +19,7 @@ from trimtab.engine.attention import segments_in
 from trimtab.engine.checkpointing import checkpointing
 from trimtab.engine.encoder import Seam, first_tokens
 from trimtab.engine.kernels import GATES, gated, gated_product, release, rms_norm
+from trimtab.engine.shifted_attention import shifted_in
 from trimtab.engine.siblings import panel_of, together
 
 PIECES = ("norms", "gates", "siblings")
@@ -51,9 +52,11 @@ def running(
     seam: Seam | None = None,
     pieces: tuple[str, ...] = PIECES,
     policy: str = "off",
+    group: int | None = None,
 ) -> Iterator[None]:
-    """What a model is trained and measured in: attention for packed rows, fast pieces, checkpointing."""
-    attention = segments_in(model) if packed else nullcontext()
+    """What a model is trained and measured in: attention for packed rows or in shifted groups, fast pieces,
+    checkpointing."""
+    attention = shifted_in(model, group) if group else segments_in(model) if packed else nullcontext()
     with attention, first_tokens(model, seam), faster(model, pieces), checkpointing(model, policy):
         yield
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trimtab.core.batch import prompts
+from trimtab.core.batch import packed_prompts, prompts
 from trimtab.core.product import frozen_weight, product
 from trimtab.core.site import LinearBase
 from trimtab.data.batches import IGNORED, token_count
@@ -31,7 +31,8 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]
     """
     if isinstance(batch, Pack):
         inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "segments": batch.segments}
-        return causal_loss(model, inputs, (0, batch.sources), batch.targets, batch.weights)
+        with packed_prompts(model, batch.positions, batch.prompts):
+            return causal_loss(model, inputs, (0, batch.sources), batch.targets, batch.weights)
     if isinstance(batch, Bag):
         return labelled_loss(outputs(model, batch), batch.labels, task)
     inputs = {key: value for key, value in batch.items() if key != "labels"}

@@ -28,6 +28,9 @@ class Recipe:
     )
     where: str | None = option(None, "Where it goes: roles, globs, layer ranges; default: the method's own.", "what")
     quantize: str | None = option(None, "Keep the frozen weights in this format: nf4, absmax, affine.", "what")
+    context: int | None = option(
+        None, "Lengthen the model's context to this many tokens, by interpolating its rotary positions.", "what"
+    )
     output: str | None = option(None, "Run directory to make; default: runs/<model>-<method>-<number>.", "what")
 
     task: str = option("auto", "causal, seq2seq, classify or regress; auto follows data and model.", "data")
@@ -52,6 +55,12 @@ class Recipe:
     clip: float = option(1.0, "Largest norm of the gradient; 0 switches clipping off.", "training")
     packing: str = option(
         "auto", "Rows without padding: shared (common beginnings once), plain, off; auto: where exact.", "training"
+    )
+    attention: str = option(
+        "auto", "Attention while training: full, shifted (in groups); auto: the preset's, else full.", "training"
+    )
+    group: int | None = option(
+        None, "Tokens in a group of shifted attention; default: a quarter of the longest row.", "training"
     )
     checkpointing: str = option(
         "off", "Recompute activations in backward: off, block, sqrt, selective or offload.", "training"
@@ -127,6 +136,7 @@ CHOICES = {
     "truncation": ("error", "drop", "left", "right", "split"),
     "train_on": ("completions", "all"),
     "packing": ("auto", "shared", "plain", "off"),
+    "attention": ("auto", "full", "shifted"),
     "checkpointing": ("off", "block", "sqrt", "selective", "offload"),
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -272,6 +282,14 @@ def build_method(recipe: Recipe) -> Any:
     if problems:
         raise UserError("recipe: " + "; ".join(problems), fix=f"its settings are {listing(defaults) or 'none'}")
     return made(**chosen)
+
+
+def with_preset(recipe: Recipe, method: Any) -> Recipe:
+    """The recipe with what its preset wants where it says nothing itself (`None`, or `auto`)."""
+    wanted = getattr(method, "recipe", {})
+    return dataclasses.replace(
+        recipe, **{key: value for key, value in wanted.items() if getattr(recipe, key) in (None, "auto")}
+    )
 
 
 def typed(value: Any, default: Any) -> Any:

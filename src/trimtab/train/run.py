@@ -28,16 +28,17 @@ from trimtab.data.encode import Encoded, EncodedSet, encode_all, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
-from trimtab.engine.attention import can_pack
+from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES, running
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
+from trimtab.engine.shifted_attention import can_shift, group_for
 from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.train import checkpoint, rundir
 from trimtab.train.interrupt import Interrupt, Stopped
-from trimtab.train.recipe import Recipe, build_method
+from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
 
@@ -76,6 +77,7 @@ class Job:
     heldout_rows: EncodedSet
     pad_id: int
     packing: str
+    group: int | None
     seam: Seam | None
     pieces: tuple[str, ...]
     rate: float
@@ -93,12 +95,12 @@ class Job:
             return collate(rows, self.pad_id)
         if self.seam is not None:
             return bag(rows, self.seam.first_position)
-        return pack(rows, SHARE if self.packing == "shared" else None)
+        return pack(rows, SHARE if self.packing == "shared" else None, edited_ends(self.model) or ())
 
     def running(self) -> AbstractContextManager[None]:
         """What the model is trained and measured in."""
         packed, policy = self.packing != "off", self.recipe.checkpointing
-        return running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy)
+        return running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy, group=self.group)
 
     def measure_again(self, part: Part, step: int) -> dict[str, torch.Tensor]:
         """The statistics of a part on some training rows, other ones after every step."""
@@ -314,6 +316,7 @@ def out_of_patience(recipe: Recipe, step: int, best_step: int) -> bool:
 def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Job:
     """Read the data, load the model, attach the method: everything that can be refused is refused here."""
     method = build_method(recipe)
+    recipe = with_preset(recipe, method)
     names_in(recipe.track)
     directory = rundir.new_directory(recipe) if directory is None else directory
     if recipe.threads:
@@ -332,7 +335,13 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
     tell.stage("loading model")
     labels = label_names(train_examples) if task == "classify" else None
     loaded = load_model(
-        recipe.model, task=task, labels=labels, dtype=recipe.dtype, device=recipe.device, head_seed=recipe.seed
+        recipe.model,
+        task=task,
+        labels=labels,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        head_seed=recipe.seed,
+        context=recipe.context,
     )
     model = loaded.model
     train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples)
@@ -362,8 +371,11 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
     longest = max(len(row.ids) for part_rows in (train_rows, heldout_rows) for row in part_rows)
     labelled = task in ("classify", "regress") and recipe.packing != "off"
     seam = seam_of(model, train_rows, pad_id) if labelled else None
+    group = group_of(recipe, model, task, longest)
     packing = packing_of(recipe, model, task, longest, seam)
     tell.note(f"packing: {packing}")
+    if group is not None:
+        tell.note(f"attention while training: in groups of {group} tokens, half of the heads shifted")
 
     steps_per_epoch = math.ceil(len(train_rows) / (recipe.batch_size * recipe.accumulation))
     steps = recipe.steps or max(1, math.ceil(recipe.epochs * steps_per_epoch))
@@ -379,6 +391,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
             "class": loaded.model_class,
             "parameters": total - trainable,
             "dtype": str(loaded.dtype).removeprefix("torch."),
+            "context": loaded.max_length,
         },
         "data": {
             "path": recipe.data,
@@ -394,6 +407,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
         "learning_rate": rate,
         "steps": steps,
         "packing": packing,
+        "group": group,
         "trainable": trainable,
         "total": total,
     }
@@ -407,6 +421,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
         heldout_rows=heldout_rows,
         pad_id=pad_id,
         packing=packing,
+        group=group,
         seam=seam,
         pieces=PIECES if recipe.faster else (),
         rate=rate,
@@ -495,6 +510,17 @@ def statistics_of(model: nn.Module, part: Part, rows: Sequence[Batch], task: str
     return measure(model, rows, part.where, loss=lambda m, batch: loss_sum(m, batch, task)[0])
 
 
+def group_of(recipe: Recipe, model: nn.Module, task: str, longest: int) -> int | None:
+    """Tokens in a group of shifted attention, None where attention is full."""
+    if recipe.attention != "shifted":
+        return None
+    if task != "causal" or not can_shift(model, longest):
+        raise UserError("attention: shifted is for causal models and methods that can be packed", fix="attention: full")
+    if recipe.packing in ("shared", "off"):
+        raise UserError(f"packing: {recipe.packing} leaves rows without groups of their own", fix="packing: plain")
+    return recipe.group or group_for(longest)
+
+
 def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: Seam | None) -> str:
     """How rows are batched: `shared`, `plain` or `off`. Shared beginnings need a pass without dropout to be exact."""
     if recipe.packing == "off":
@@ -510,7 +536,7 @@ def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: 
     rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     rates += [getattr(module.method, "dropout", 0.0) for module in model.modules() if isinstance(module, Delta)]
     rates.append(getattr(getattr(model, "config", None), "attention_dropout", 0.0) or 0.0)
-    if recipe.packing == "plain" or (recipe.packing == "auto" and any(rates)):
+    if recipe.packing == "plain" or (recipe.packing == "auto" and (any(rates) or recipe.attention == "shifted")):
         return "plain"
     if any(rates):
         raise UserError("packing: shared beginnings are not exact under dropout", fix="packing: plain, or dropout 0")
