@@ -70,23 +70,33 @@ class Stack:
 
 
 def stack_of(model: nn.Module, path: str) -> Stack | None:
-    """The stack a module at `path` belongs to: its nearest ancestor whose forward takes `input_ids`."""
+    """The stack a module at `path` belongs to: its nearest ancestor whose forward takes `input_ids`.
+
+    A module that only embeds them takes no `attention_mask`, and counts where no module above it does either.
+    """
     parts = path.split(".")
+    found: list[tuple[str, tuple[str, ...]]] = []
     for end in range(len(parts) - 1, -1, -1):
         above = ".".join(parts[:end])
         module = model.get_submodule(above)
         names = tuple(inspect.signature(module.forward).parameters)
         if "input_ids" not in names or (above == "" and any(_takes_ids(child) for child in module.children())):
             continue
-        config = getattr(module, "config", None)
-        causal = "past_key_values" in names and getattr(config, "is_decoder", True) is not False
-        padding = getattr(config, "pad_token_id", None)
-        front = causal or ("position_ids" not in names and getattr(module, "pooler", None) is None)
-        tables = [part for name, part in module.named_modules() if name.endswith("position_embeddings")]
-        skips = any(getattr(table, "padding_idx", None) is not None for table in tables)  # counts real tokens itself
-        counts = not front and not skips and "position_ids" in names
-        return Stack(above, names, causal, 1 if padding == 0 else 0, front, counts)
-    return None
+        found.append((above, names))
+    chosen = next((one for one in found if "attention_mask" in one[1]), found[0] if found else None)
+    return None if chosen is None else _stack(model, *chosen)
+
+
+def _stack(model: nn.Module, path: str, names: tuple[str, ...]) -> Stack:
+    module = model.get_submodule(path)
+    config = getattr(module, "config", None)
+    causal = "past_key_values" in names and getattr(config, "is_decoder", True) is not False
+    padding = getattr(config, "pad_token_id", None)
+    front = causal or ("position_ids" not in names and getattr(module, "pooler", None) is None)
+    tables = [part for name, part in module.named_modules() if name.endswith("position_embeddings")]
+    skips = any(getattr(table, "padding_idx", None) is not None for table in tables)  # it counts real tokens itself
+    counts = not front and not skips and "position_ids" in names
+    return Stack(path, names, causal, 1 if padding == 0 else 0, front, counts)
 
 
 def _takes_ids(module: nn.Module) -> bool:

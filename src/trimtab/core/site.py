@@ -133,6 +133,9 @@ class EmbeddingBase(ModuleBase):
 
     __slots__ = ()
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(self.module.weight.device))
+
     def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         y = F.embedding(x, W.mT) * self.gain
         return y if b is None else y + b

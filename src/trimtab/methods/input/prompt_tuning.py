@@ -53,7 +53,7 @@ class PromptTuning(InputMethod):
     def init(self, site: Site) -> dict[str, Any]:
         P = torch.rand(self.length, site.out_features) - 0.5
         if self.start != "random" and not P.is_meta:
-            P = site.base(self.first_tokens(site).to(site.base.weight.device)).to(P)
+            P = site.base(self.first_tokens(site)).to(P)
         return {"P": nn.Parameter(P)}
 
     def first_tokens(self, site: Site) -> Tensor:
