@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.delta import state_of
-from trimtab.core.method import InputMethod
+from trimtab.core.method import InputMethod, Method
 from trimtab.data.packing import Bag, Segment
 from trimtab.engine.row_attention import row_attention
 
@@ -43,6 +43,7 @@ def segment_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     if isinstance(segments, Bag):
         return row_attention(segments, query, key, value, scaling, dropout if module.training else 0.0), None
+    segments = rooted(segments, query.shape[2])
     lengths = [segment.stop - segment.start for segment in segments]
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
@@ -67,6 +68,18 @@ def segment_attention(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
+def rooted(segments: Sequence[Segment], tokens: int) -> Sequence[Segment]:
+    """The segments of a pack behind the virtual tokens that adapters reserve in front: these begin every row."""
+    reserved = tokens - segments[-1].stop
+    if not reserved:
+        return segments
+    behind = [
+        Segment(one.start + reserved, one.stop + reserved, (0, *(above + 1 for above in one.ancestors)))
+        for one in segments
+    ]
+    return [Segment(0, reserved), *behind]
+
+
 def causal_after(queries: int, keys: int, device: torch.device) -> Tensor:
     """(queries, keys) bool: the last `queries` of `keys` positions see everything up to themselves."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -75,10 +88,12 @@ def causal_after(queries: int, keys: int, device: torch.device) -> Tensor:
 def can_pack(model: nn.Module, longest: int) -> bool:
     """Whether packing is exact for this model: a causal one on transformers' attention interface, plain softmax.
 
-    Not packed: sliding windows shorter than a row, capped scores, state-space layers, and adapters that reserve or read
-    positions of a padded batch.
+    Virtual tokens stand once, in front of the pack. Not packed: sliding windows shorter than a row, capped scores,
+    state-space layers, and adapters that read positions of a padded batch.
     """
-    return plain_attention(model, longest) and not reads_positions(model)
+    methods = attached(model)
+    virtual = sum(method.virtual_tokens for method in methods if isinstance(method, InputMethod))
+    return plain_attention(model, longest + virtual) and not any(getattr(one, "reads_batch", False) for one in methods)
 
 
 def plain_attention(model: nn.Module, longest: int) -> bool:
@@ -96,9 +111,13 @@ def plain_attention(model: nn.Module, longest: int) -> bool:
 
 def reads_positions(model: nn.Module) -> bool:
     """Whether an attached method reserves or reads positions of a padded batch."""
+    return any(isinstance(one, InputMethod) or getattr(one, "reads_batch", False) for one in attached(model))
+
+
+def attached(model: nn.Module) -> list[Method]:
+    """The methods of every adapter on a model."""
     state = state_of(model)
-    parts = [part for adapter in state.adapters.values() for part in adapter.parts] if state else []
-    return any(isinstance(p.method, InputMethod) or getattr(p.method, "reads_batch", False) for p in parts)
+    return [part.method for adapter in state.adapters.values() for part in adapter.parts] if state else []
 
 
 @contextmanager
