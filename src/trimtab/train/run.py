@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from trimtab.core.attach import activate, attach, plan
 from trimtab.core.delta import Delta, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import MEASURES
-from trimtab.core.method import Method, Placed
+from trimtab.core.method import InputMethod, Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
 from trimtab.data.batches import batches, collate
@@ -155,7 +156,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         record["after"] = job.measure()
         tell.evaluated("after", record["after"])
     notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
-    save(job.model, job.directory / rundir.ADAPTER, notes=notes)
+    save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)
     heldout = [(0, record["before"]["loss"])]
     heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
     rundir.plot_loss(job.directory, metrics, [*heldout, (record["kept_step"], record["after"]["loss"])])
@@ -318,13 +319,14 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
         recipe.model, task=task, labels=labels, dtype=recipe.dtype, device=recipe.device, head_seed=recipe.seed
     )
     model = loaded.model
-    train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples)
+    parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules)]
+    reserved = sum(part.method.virtual_tokens for part in parts if isinstance(part.method, InputMethod))
+    train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples, reserved)
     for note in (*loaded.notes, *train_rows.report.notes):
         tell.note(note)
 
     tell.stage("attaching")
     pad_id = loaded.tokenizer.pad_token_id
-    parts = placed_parts(method, recipe.where, loaded.new_modules)
     format = rundir.format_named(recipe.quantize) if recipe.quantize else None
     together = format is not None and any(part.method.takes_out for part in parts)
     if format is not None and not together:
@@ -430,10 +432,13 @@ def label_names(rows: Sequence[Any]) -> list[str]:
 
 
 def encoded(
-    recipe: Recipe, loaded: Loaded, train: Sequence[Example], heldout: Sequence[Example]
+    recipe: Recipe, loaded: Loaded, train: Sequence[Example], heldout: Sequence[Example], reserved: int = 0
 ) -> tuple[EncodedSet, EncodedSet]:
-    """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused."""
-    limit = recipe.max_length or loaded.max_length
+    """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused.
+
+    Of the positions a model has, those `reserved` for virtual tokens are left free.
+    """
+    limit = recipe.max_length or (loaded.max_length - reserved if loaded.max_length else None)
     settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
     if loaded.task == "seq2seq":
         settings["decoder_start"] = loaded.model.config.decoder_start_token_id
@@ -453,6 +458,15 @@ def placed_parts(method: Any, where: str | None, new_modules: Sequence[str]) -> 
     if new_modules:
         parts.append(Placed(find("full")(), ", ".join(new_modules)))
     return parts
+
+
+def worded(part: Placed, tokenizer: Any) -> Placed:
+    """The same part; a method that starts as a text gets its token ids, which methods cannot know."""
+    text = getattr(part.method, "text", "")
+    if not text or part.method.tokens:  # type: ignore[attr-defined]
+        return part
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return Placed(dataclasses.replace(part.method, tokens=ids), part.where)  # type: ignore[call-arg]
 
 
 def measured(
