@@ -110,13 +110,14 @@ VIRTUAL = {
     "p_tuning": tt.PTuning(length=3),
     "prefix": tt.PrefixTuning(length=4, hidden=8),
     "pre_layer": tt.PreLayer(length=3),
+    "llama_adapter": tt.LLaMAAdapter(length=3),
 }
 
 
 @pytest.mark.parametrize("make", [llama, qwen, gpt2])
 @pytest.mark.parametrize("share", [None, 4])
 @pytest.mark.parametrize("method", VIRTUAL)
-def test_virtual_tokens_stand_once_in_front_of_a_pack(make, share: int | None, method: str) -> None:
+def test_prompts_and_prefixes_are_exact_in_a_pack(make, share: int | None, method: str) -> None:
     torch.manual_seed(0)
     model = make().eval()
     tt.attach(model, VIRTUAL[method])

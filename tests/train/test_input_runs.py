@@ -102,3 +102,20 @@ def test_every_way_of_batching_has_the_gradients_of_rows_alone(model: Path, rows
     assert not wrong
     assert any(check.name.startswith("packed with common") and check.passed for check in checks)
     assert sum(check.name.startswith("checkpointed") and bool(check.passed) for check in checks) >= 3
+
+
+def test_a_search_from_the_command_never_raises_its_loss_and_shows_its_words(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    from trimtab.cli.inspect import read_adapter, text
+
+    result = tune(replace(recipe(model, rows, "auto_prompt", candidates=6, steps=5), output=str(tmp_path / "run")))
+    lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    assert all(line["loss"] <= line["loss_before"] for line in lines)
+    assert any(line["loss"] < line["loss_before"] for line in lines)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = read_adapter(result.directory / "adapter")
+    words = tokenizer.decode(lines[-1]["tokens"])
+    assert found["notes"]["prompt"] == words
+    assert repr(words) in text({"kind": "adapter", "adapter": found}, [])

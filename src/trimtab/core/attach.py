@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import batch as batches
+from trimtab.core.attention import heads_of, projections
 from trimtab.core.delta import (
     Adapter,
     Delta,
@@ -27,11 +28,11 @@ from trimtab.core.delta import (
 )
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.core.install import clash, install, is_raw, plain_base, raw_weight, stand_aside, uninstall
+from trimtab.core.install import clash, deltas_class, install, is_raw, plain_base, raw_weight, stand_aside, uninstall
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
 from trimtab.core.quantized import Taken, check_modules, quantize_module, quantize_without
 from trimtab.core.registry import name_of
-from trimtab.core.select import Place, select
+from trimtab.core.select import Place, places, select
 from trimtab.core.site import Base, Known, RawBase, Site
 
 SHARED = "trimtab_shared"
@@ -110,15 +111,16 @@ def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list
 
 
 def two_ways(model: nn.Module, parts: Sequence[Part]) -> None:
-    """Refuse parts that would edit one module both through its forward and as a raw weight."""
-    seen: dict[str, bool] = {}
+    """Refuse parts that would edit one module in two ways: through its forward, as a raw weight, in its attention."""
+    seen: dict[str, str] = {}
     problems = []
     for part in parts:
         for place in part.places:
             module = model.get_submodule(place.module)
-            raw = is_raw(module, place)
-            if seen.setdefault(place.module, raw) != raw:
-                problems.append(f"{place.name} would be edited both through its forward and as a raw weight")
+            way = deltas_class(module, place).way
+            if seen.setdefault(place.module, way) != way:
+                both = " and ".join(sorted((seen[place.module], way), reverse=True))
+                problems.append(f"{place.name} would be edited both {both}")
             elif (problem := clash(module, place)) is not None:
                 problems.append(problem)
     if problems:
@@ -271,7 +273,8 @@ def site_at(
     stats = (statistics or {}).get(place.name, {})
     kind = "linear" if place.kind == "raw" else place.kind
     takes_bias = not is_raw(module, place) or base.bias is not None  # an edited activation has no bias to ask for
-    return Site(place.name, base, kind, place.role, place.layer, width, index, stats, takes_bias=takes_bias)
+    heads = heads_of(module) if kind == "attention" else 0
+    return Site(place.name, base, kind, place.role, place.layer, width, index, stats, heads, takes_bias=takes_bias)
 
 
 def rows_of(base: Base, place: Place) -> Base:
@@ -292,6 +295,8 @@ def commit(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.__dict__["_trimtab"] = state
+    attentions = any(place.kind == "attention" for part, *_ in work for place in part.places)
+    known = places(model) if attentions else []
     for index, (part, deltas, group) in enumerate(work):
         for place, delta in zip(part.places, deltas, strict=True):
             module = model.get_submodule(place.module)
@@ -301,6 +306,10 @@ def commit(
             stack = batches.stack_of(model, place.module) if reads_batch(part.method) else None
             delta.train(module.training)
             install(module, place, delta, key, state, stack.path if stack else "", place.features or 0)
+            if place.kind == "attention":
+                found: Any = module._modules["delta"]
+                found.__dict__["beside"] = projections(known, module, place.module)
+                found.__dict__["heads"] = heads_of(module)
             above = ancestors(model, place.module)
             if any(isinstance(outer, nn.TransformerEncoderLayer) for outer in above):
                 stand_aside(module)
@@ -387,7 +396,8 @@ def activate(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) 
 def dtype_and_device(model: nn.Module, place: Place) -> tuple[torch.dtype, torch.device]:
     """Where and in which floating type a place's trained tensors live: as its weight, or as the model's first one."""
     module = model.get_submodule(place.module)
-    code = module._modules.get("code")
+    inside = module.modules() if place.kind == "attention" else [module]
+    code = next((one._modules["code"] for one in inside if "code" in one._modules), None)
     if code is not None:
         return code.dtype, next(code.parameters()).device  # type: ignore[return-value]
     for source in (module.parameters(), model.parameters()):

@@ -339,7 +339,7 @@ class Site:
     """Path of the module, with `:part` for a slice: `transformer.h.0.attn.c_attn:q`."""
     base: Base
     kind: str
-    """linear, embedding, conv, norm or opaque."""
+    """linear, embedding, conv, norm, attention or opaque."""
     role: str | None = None
     layer: int | None = None
     features: int = 0
@@ -348,6 +348,8 @@ class Site:
     """Position among the sites of this attachment."""
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """What was measured for this site before `init` (`fisher`: (out, in))."""
+    heads: int = 0
+    """Query heads of an attention."""
     format: Format | None = None
     """What its dense weight is about to be stored in, if it is."""
     takes_bias: bool = True

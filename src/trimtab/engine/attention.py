@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.attention import attention
 from trimtab.core.delta import state_of
 from trimtab.core.method import InputMethod, Method
 from trimtab.data.packing import Bag, Segment
@@ -45,27 +46,31 @@ def segment_attention(
         return row_attention(segments, query, key, value, scaling, dropout if module.training else 0.0), None
     segments = rooted(segments, query.shape[2])
     lengths = [segment.stop - segment.start for segment in segments]
-    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    keys, values = (tensor.split(lengths, dim=2) for tensor in (key, value))
     grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for index, segment in enumerate(segments):
-        k, v, mask = keys[index], values[index], None
-        if segment.ancestors:
-            k = torch.cat([*(keys[above] for above in segment.ancestors), k], 2)
-            v = torch.cat([*(values[above] for above in segment.ancestors), v], 2)
-            mask = causal_after(lengths[index], k.shape[2], query.device)
-        y = F.scaled_dot_product_attention(
-            queries[index],
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout if module.training else 0.0,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        outputs.append(y)
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+    def attend(query: Tensor) -> Tensor:
+        outputs = []
+        for index, (segment, q) in enumerate(zip(segments, query.split(lengths, dim=2), strict=True)):
+            k, v, mask = keys[index], values[index], None
+            if segment.ancestors:
+                k = torch.cat([*(keys[above] for above in segment.ancestors), k], 2)
+                v = torch.cat([*(values[above] for above in segment.ancestors), v], 2)
+                mask = causal_after(lengths[index], k.shape[2], query.device)
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout if module.training else 0.0,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+            outputs.append(y)
+        return torch.cat(outputs, 2)
+
+    return attention(query, attend, scaling).transpose(1, 2).contiguous(), None
 
 
 def rooted(segments: Sequence[Segment], tokens: int) -> Sequence[Segment]:

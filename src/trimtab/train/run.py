@@ -35,6 +35,7 @@ from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.train import checkpoint, rundir
+from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.interrupt import Interrupt, Stopped
 from trimtab.train.recipe import Recipe, build_method
 from trimtab.train.reporter import Reporter
@@ -81,6 +82,7 @@ class Job:
     steps: int
     steps_per_epoch: int
     record: dict[str, Any]
+    tokenizer: Any = None
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some training rows as one batch, on the model's device."""
@@ -150,12 +152,15 @@ def carry_out(job: Job, tell: Reporter) -> Result:
             rundir.write_record(job.directory, record)
         tell.evaluated("before", record["before"])
 
-        metrics = train(job, tell)
+        searched = any(is_searched(delta.method) for delta in job.model.modules() if isinstance(delta, Delta))
+        metrics = search(job, tell) if searched else train(job, tell)
 
         tell.stage("measuring the tuned model")
         record["after"] = job.measure()
         tell.evaluated("after", record["after"])
     notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
+    prompt = wording(job.model, job.tokenizer)
+    notes |= {"prompt": prompt} if prompt is not None else {}
     save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)
     heldout = [(0, record["before"]["loss"])]
     heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
@@ -398,6 +403,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         record=record,
+        tokenizer=loaded.tokenizer,
     )
 
 
