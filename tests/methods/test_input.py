@@ -11,6 +11,8 @@ from tests.methods.test_positions import adapted, gpt2, llama
 from torch import Tensor
 
 import trimtab as tt
+from trimtab.core import attention
+from trimtab.methods.hidden import llama_adapter
 
 
 def prompt(model: Any) -> Tensor:
@@ -196,3 +198,27 @@ def test_a_search_wants_batches_and_an_auto_prompt() -> None:
         tt.search_prompt(model, [rows], loss, steps=1)
     with pytest.raises(tt.UserError, match="no batches"):
         tt.search_prompt(model, [], loss)
+
+
+def test_prompt_keys_come_from_the_frozen_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA or a prefix at k and v edits what tokens make, not what LLaMA-Adapter's prompt makes."""
+    made: list[Tensor] = []
+
+    def spy(*given: Any) -> Any:
+        found = attention.at_prompt(*given)
+        made.append(torch.stack(found[:2]))
+        return found
+
+    monkeypatch.setattr(llama_adapter, "at_prompt", spy)
+    ids = torch.randint(3, 31, (2, 5))
+    model = adapted(llama, tt.LLaMAAdapter(length=3))
+    alone = model(input_ids=ids).logits
+    tt.attach(model, [tt.LoRA(rank=2).at("k, v"), tt.PrefixTuning(length=2, hidden=None)], name="other")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".other" in name:
+                parameter.add_(0.3)
+    both = model(input_ids=ids).logits
+    assert len(made) == 4
+    assert torch.equal(made[0], made[2])
+    assert not torch.allclose(alone, both)

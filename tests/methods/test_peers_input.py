@@ -34,7 +34,8 @@ def same(ours: Any, theirs: Any, pairs: dict[Tensor, Tensor], skip: int) -> None
     y.square().mean().backward()
     z.square().mean().backward()
     for mine, other in pairs.items():
-        assert mine.grad is not None and other.grad is not None
+        assert mine.grad is not None
+        assert other.grad is not None
         agree(mine.grad.reshape(other.grad.shape), other.grad, f"gradient of {tuple(other.shape)}")
 
 

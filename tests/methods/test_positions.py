@@ -1,4 +1,4 @@
-"""Methods that know positions (virtual tokens, LoReFT) or attention in language models: generating, padding, recomputing."""
+"""Methods that know positions or attention, in language models: generating, padding, recomputing."""
 
 from __future__ import annotations
 

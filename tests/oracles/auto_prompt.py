@@ -1,4 +1,4 @@
-"""AutoPrompt (arXiv 2010.15980): the model reads the trigger's embeddings before the text's; o is what a soft step adds."""
+"""AutoPrompt (arXiv 2010.15980): the model reads the trigger's embeddings, plus o, before the text's."""
 
 import numpy as np
 

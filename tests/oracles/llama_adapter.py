@@ -1,4 +1,4 @@
-"""LLaMA-Adapter (arXiv 2303.16199, eq. 5 to 8; official code): per head, [tanh(g) softmax(S_prompt), softmax(S_text)] V.
+"""LLaMA-Adapter (arXiv 2303.16199, eq. 5 to 8, official code): [tanh(g) softmax(S_prompt), softmax(S_text)] V.
 
 Prompt keys are W_k P + b_k, not rotated, while queries and text keys are.
 """

@@ -28,7 +28,7 @@ def oracle(x, W, b, p, method, context):
     for layer in (0, 1):
         forward = run(states, p["lstm"], layer, "")
         backward = run(states[::-1], p["lstm"], layer, "_reverse")[::-1]
-        states = [np.concatenate(both) for both in zip(forward, backward)]
+        states = [np.concatenate(both) for both in zip(forward, backward, strict=True)]
     P = [p["W2"] @ np.maximum(p["W1"] @ h + p["b1"], 0) + p["b2"] for h in states]
     texts = [[W[:, int(np.argmax(token))] for token in sequence[len(P) :]] for sequence in x]
     return np.array([[*P, *text] for text in texts])

@@ -48,7 +48,7 @@ def at_prompt(base: Base, P: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
 
     A prompt has no position, so its keys are not rotated; a norm on keys applies to them.
     """
-    from trimtab.core.install import plain_base
+    from trimtab.core.install import frozen_base
 
     inner: Any = base
     while not isinstance(inner, AttentionBase):
@@ -56,7 +56,7 @@ def at_prompt(base: Base, P: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
     heads, size, made = x.shape[1], x.shape[3], []
     for role in ("k", "v"):
         place = inner.beside[role]
-        y = plain_base(inner.module.get_submodule(place.module), place, 0)(P[None])[0]
+        y = frozen_base(inner.module.get_submodule(place.module), place)(P[None])[0]
         y = y if place.rows is None else y[:, place.rows[0] : place.rows[1]]
         norm = inner.module._modules.get(f"{role}_norm")
         whole = norm is not None and next(norm.parameters()).shape[0] == y.shape[1]
@@ -141,7 +141,7 @@ def edited_attention(cls: type) -> dict[str, Any]:
             out = inner(*args, **kwargs)
         if not calls.seen:
             raise UserError(
-                f"forward: {type(self).__name__} does not call torch's scaled_dot_product_attention, where it is edited",
+                f"forward: {type(self).__name__} calls no scaled_dot_product_attention of torch, where it is edited",
                 fix='model.set_attn_implementation("sdpa")',
             )
         return out

@@ -311,6 +311,16 @@ def uninstall(module: nn.Module, adapter: str) -> None:
         del module._modules["delta"]
 
 
+def frozen_base(module: nn.Module, place: Place) -> Base:
+    """The Base of a module that is called, below any deltas on it."""
+    cls: Any = type(module)
+    while "_origin" in vars(cls) and cls._origin[1] is not edited_forward:
+        cls = cls._origin[0]
+    inner = inner_forward(module, cls._origin[0] if "_origin" in vars(cls) else type(module))
+    host = host_class(module)
+    return plain_base(module, place, 0) if host is None else host(module, inner)
+
+
 def plain_base(module: nn.Module, place: Place, width: int, deltas: Deltas | None = None) -> Base:
     """The Base of a place outside a forward: what `init` and `merge` read."""
     if is_raw(module, place):

@@ -25,9 +25,9 @@ likewise. A role's name is never read as a path: a module that happens to be cal
 away from a chosen whole (`all-linear, !q` in GPT-2) leaves its other parts; a part chosen beside its whole is dropped.
 
 `attention` is what the queries of self-attention find, before `o`: the module around q, k and v where these are
-called. `attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the output
-projection, its dropout where that is a module of its own, and a norm that comes before the addition (Gemma 2 and 3,
-OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer. Some modules
+called. `attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the
+output projection, its dropout where that is a module of its own, and a norm that comes before the addition (Gemma 2 and
+3, OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer. Some modules
 return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
 
 Every term has to match something, and everything that does not is told at once.
@@ -289,7 +289,7 @@ class _Anatomy:
             self._add(replace(whole, part=part, rows=ranges[part], role=role))
 
     def _put_attention(self, block: str) -> None:
-        """The innermost module around q, k and v of a block, where they are modules that are called, or parts of one."""
+        """The innermost module around q, k and v of a block, where they are modules, or parts of one."""
         parts = [self._roles.get((block, role)) for role in ("q", "k", "v")]
         if any(place is None or place.kind != "linear" for place in parts):
             return

@@ -9,10 +9,10 @@ one-hot, a convolution's is patches. `p` holds the method's tensors by name, nes
 all sites share. `context` has `kind`, `role`, `h` (the frozen output for x), `prompt` (rows, positions) bool, and for
 norms `eps` and `centered`; a hidden-space method at an opaque site gets W = None.
 
-For an attention, and for the input space at k and v, the equation is one of an attention, so the site is one: x (rows, positions, width) is
-its input, `W`, `b` and `p` are dicts by role (q, k, v, o), y is its output, and `context` has `heads`, `key_heads`,
-`theta` (for rotary positions) and `mask` (rows, positions). At an embedding or a block x and y have the reserved
-positions in front.
+For an attention, and for the input space at k and v, the equation is one of an attention, so the site is one:
+x (rows, positions, width) is its input, `W`, `b` and `p` are dicts by role (q, k, v, o), y is its output, and `context`
+has `heads`, `key_heads`, `theta` (for rotary positions) and `mask` (rows, positions). At an embedding or a block x and
+y have the reserved positions in front.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.core.delta import Delta, check_names, require_state
 from trimtab.core.errors import UserError
-from trimtab.core.install import plain_base
+from trimtab.core.install import frozen_base
 from trimtab.core.method import Method
 from trimtab.core.registry import name_of
 from trimtab.core.save import deltas_of
@@ -77,7 +77,7 @@ def tries(
         loss(model, gradient_batch).backward()
         place, delta, method = sites[int(torch.randint(len(sites), (), generator=draw))]
         at = int(torch.randint(method.length, (), generator=draw))
-        base = plain_base(model.get_submodule(place.module), place, 0)
+        base = frozen_base(model.get_submodule(place.module), place)
         with torch.no_grad():
             W = base.weight
             proposed = method.best(delta, W, at, torch.tensor(list(banned), dtype=torch.long, device=W.device))

@@ -35,8 +35,8 @@ from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.train import checkpoint, rundir
-from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.interrupt import Interrupt, Stopped
+from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.recipe import Recipe, build_method
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened

@@ -28,7 +28,7 @@ class LLaMAAdapter(HiddenMethod):
     paper: ClassVar[str] = "2303.16199"
     where: ClassVar[str] = "attention@-30:"
     hosts: ClassVar[frozenset[str]] = frozenset({"attention"})
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 5e-3  # P has entries of size 1; the official code takes 9e-3
     laws: ClassVar[dict[str, str]] = {"merge": "the prompt's part depends on the query through a softmax"}
 
     length: int = 10

@@ -27,7 +27,7 @@ class AutoPrompt(InputMethod):
     paper: ClassVar[str] = "2010.15980"
     where: ClassVar[str] = "embed"
     hosts: ClassVar[frozenset[str]] = frozenset({"embedding"})
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 1e-2  # nothing is trained in a search
 
     length: int = 5
     candidates: int = 10

@@ -30,7 +30,7 @@ class PTuning(InputMethod):
     where: ClassVar[str] = "embed"
     hosts: ClassVar[frozenset[str]] = frozenset({"embedding"})
     learning_rate: ClassVar[float] = 1e-3
-    width_power: ClassVar[float] = 1.0
+    width_power: ClassVar[float] = 1.0  # matrices of the width train
 
     length: int = 20
     hidden: int | None = None

@@ -39,6 +39,9 @@ class PrefixTuning(InputMethod):
             problem = f"length={self.length}, hidden={self.hidden}"
             raise UserError(f"PrefixTuning: {problem}", fix="both from 1 on, or hidden=None to train P itself")
 
+    def rate(self, width: int) -> float:
+        return 5 * super().rate(width) if self.hidden is None else super().rate(width)  # P alone starts near 0
+
     @property
     def virtual_tokens(self) -> int:
         return self.length
