@@ -274,7 +274,9 @@ def site_at(
     kind = "linear" if place.kind == "raw" else place.kind
     takes_bias = not is_raw(module, place) or base.bias is not None  # an edited activation has no bias to ask for
     heads = heads_of(module) if kind == "attention" else 0
-    return Site(place.name, base, kind, place.role, place.layer, width, index, stats, heads, takes_bias=takes_bias)
+    return Site(
+        place.name, base, kind, place.role, place.layer, width, index, stats, takes_bias=takes_bias, heads=heads
+    )
 
 
 def rows_of(base: Base, place: Place) -> Base:
