@@ -44,6 +44,7 @@ _HOME = {
     "laws": "laws",
     "Recipe": "train.recipe",
     "tune": "train.run",
+    "search_prompt": "train.prompt_search",
 }
 """Public name -> module that defines it. Methods, formats and presets come from their folders instead."""
 

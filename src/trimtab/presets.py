@@ -45,6 +45,11 @@ def PTuningV2(length: int = 20) -> object:
     return find("prefix_tuning")(length=length, hidden=None)
 
 
+def PreEmbed(length: int = 256) -> object:
+    """Trained embeddings of prefix tokens: prompt tuning from a random start (a baseline of arXiv 2106.09685)."""
+    return find("prompt_tuning")(length=length, start="random")
+
+
 def PiSSA(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, iterations: int | None = 8) -> object:
     """LoRA that starts as the largest singular triplets of W, W0 = W − s·B A; with --quantize QPiSSA (2404.02948)."""
     start = find("pissa", "start")(iterations=iterations)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import batch as batches
+from trimtab.core.attention import HEADS, heads_of, projections
 from trimtab.core.delta import (
     Adapter,
     Delta,
@@ -27,11 +28,21 @@ from trimtab.core.delta import (
 )
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.core.install import clash, install, is_raw, listen, plain_base, raw_weight, stand_aside, uninstall
+from trimtab.core.install import (
+    clash,
+    deltas_class,
+    install,
+    is_raw,
+    listen,
+    plain_base,
+    raw_weight,
+    stand_aside,
+    uninstall,
+)
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
 from trimtab.core.quantized import Taken, check_modules, quantize_module, quantize_without
 from trimtab.core.registry import name_of
-from trimtab.core.select import Place, Reading, readings, select
+from trimtab.core.select import Place, Reading, places, readings, select
 from trimtab.core.site import Base, Known, RawBase, Site
 
 SHARED = "trimtab_shared"
@@ -135,15 +146,16 @@ def biased(model: nn.Module, places: Sequence[Place], where: str) -> list[Place]
 
 
 def two_ways(model: nn.Module, parts: Sequence[Part]) -> None:
-    """Refuse parts that would edit one module both through its forward and as a raw weight."""
-    seen: dict[str, bool] = {}
+    """Refuse parts that would edit one module in two ways: through its forward, as a raw weight, in its attention."""
+    seen: dict[str, str] = {}
     problems = []
     for part in parts:
         for place in part.places:
             module = model.get_submodule(place.module)
-            raw = is_raw(module, place)
-            if seen.setdefault(place.module, raw) != raw:
-                problems.append(f"{place.name} would be edited both through its forward and as a raw weight")
+            way = deltas_class(module, place).way
+            if seen.setdefault(place.module, way) != way:
+                both = " and ".join(sorted((seen[place.module], way), reverse=True))
+                problems.append(f"{place.name} would be edited both {both}")
             elif (problem := clash(module, place)) is not None:
                 problems.append(problem)
     if problems:
@@ -300,15 +312,15 @@ def site_at(
     return Site(
         *(place.name, base, kind, place.role, place.layer, width, index, stats),
         takes_bias=takes_bias,
-        heads=heads_of(model, place.module),
+        heads=heads_of(module) if kind == "attention" else heads_around(model, place.module),
     )
 
 
-def heads_of(model: nn.Module, path: str) -> int | None:
+def heads_around(model: nn.Module, path: str) -> int | None:
     """How many query heads the attention a module belongs to has, as it or its configuration says."""
     for module in reversed(ancestors(model, path)):
         for source in (module, getattr(module, "config", None)):
-            for name in ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads"):
+            for name in HEADS:
                 count = getattr(source, name, None)
                 if isinstance(count, int):
                     return count
@@ -334,6 +346,8 @@ def commit(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.__dict__["_trimtab"] = state
+    attentions = any(place.kind == "attention" for part, *_ in work for place in part.places)
+    known = places(model) if attentions else []
     for index, (part, deltas, group) in enumerate(work):
         for place, delta, reading in zip(part.places, deltas, read[index], strict=True):
             module = model.get_submodule(place.module)
@@ -343,6 +357,10 @@ def commit(
             install(module, place, delta, key, state, stack.path if stack else "", place.features or 0)
             if reading is not None:
                 listen(model, module._modules["delta"], part.method.source, reading)  # type: ignore[arg-type]
+            if place.kind == "attention":
+                found: Any = module._modules["delta"]
+                found.__dict__["beside"] = projections(known, module, place.module)
+                found.__dict__["heads"] = heads_of(module)
             above = ancestors(model, place.module)
             if any(isinstance(outer, nn.TransformerEncoderLayer) for outer in above):
                 stand_aside(module)
@@ -432,10 +450,10 @@ def prune(model: nn.Module, state: State, names: Sequence[str], where: str) -> l
     if not any(gone.values()):
         has = listing({part.where: None for _, part in parts}, 3)
         raise refusal or UserError(f"detach: {where!r} names no site of {listing(names)}; it is at {has}")
-    for index, places in gone.items():
+    for index, leaving in gone.items():
         name, part = parts[index]
         slot = batches.slot_name(name, part.label)
-        for place in places:
+        for place in leaving:
             module = model.get_submodule(place.module)
             deltas: Any = module._modules["delta"]
             uninstall(
@@ -443,7 +461,7 @@ def prune(model: nn.Module, state: State, names: Sequence[str], where: str) -> l
                 name,
                 [key for key, one in deltas.items() if one.slot == slot and key.endswith(site_key(place))],
             )
-        part.places = [place for place in part.places if place not in places]
+        part.places = [place for place in part.places if place not in leaving]
         if not part.places:
             state.adapters[name].parts.remove(part)
             shared: Any = model._modules.get(SHARED, {})
@@ -480,7 +498,8 @@ def activate(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) 
 def dtype_and_device(model: nn.Module, place: Place) -> tuple[torch.dtype, torch.device]:
     """Where and in which floating type a place's trained tensors live: as its weight, or as the model's first one."""
     module = model.get_submodule(place.module)
-    code = module._modules.get("code")
+    inside = module.modules() if place.kind == "attention" else [module]
+    code = next((one._modules["code"] for one in inside if "code" in one._modules), None)
     if code is not None:
         return code.dtype, next(code.parameters()).device  # type: ignore[return-value]
     for source in (module.parameters(), model.parameters()):

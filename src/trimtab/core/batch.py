@@ -2,7 +2,8 @@
 
 A *stack* is the module that turns ids into hidden states (LlamaModel, BertModel, one T5Stack each side). Two hooks on
 it reserve positions for virtual tokens and take them off again, so labels, logits, caches and `generate` never see
-them: a causal stack gets them in front, a bidirectional one at the end (its first token stays the first).
+them. They come in front; behind the text only in a bidirectional stack that counts positions or pools, whose first
+token has to stay the first.
 """
 
 from __future__ import annotations
@@ -69,22 +70,40 @@ class Stack:
     names: tuple[str, ...]
     causal: bool
     filler: int
+    front: bool
+    """Whether virtual tokens come before the text."""
+    counts: bool
+    """Whether the places of virtual tokens behind the text have to be told: padding in between would move them."""
 
 
 def stack_of(model: nn.Module, path: str) -> Stack | None:
-    """The stack a module at `path` belongs to: its nearest ancestor whose forward takes `input_ids`."""
+    """The stack a module at `path` belongs to: its nearest ancestor whose forward takes `input_ids`.
+
+    A module that only embeds them takes no `attention_mask`, and counts where no module above it does either.
+    """
     parts = path.split(".")
+    found: list[tuple[str, tuple[str, ...]]] = []
     for end in range(len(parts) - 1, -1, -1):
         above = ".".join(parts[:end])
         module = model.get_submodule(above)
         names = tuple(inspect.signature(module.forward).parameters)
         if "input_ids" not in names or (above == "" and any(_takes_ids(child) for child in module.children())):
             continue
-        config = getattr(module, "config", None)
-        causal = "past_key_values" in names and getattr(config, "is_decoder", True) is not False
-        padding = getattr(config, "pad_token_id", None)
-        return Stack(above, names, causal, 1 if padding == 0 else 0)
-    return None
+        found.append((above, names))
+    chosen = next((one for one in found if "attention_mask" in one[1]), found[0] if found else None)
+    return None if chosen is None else _stack(model, *chosen)
+
+
+def _stack(model: nn.Module, path: str, names: tuple[str, ...]) -> Stack:
+    module = model.get_submodule(path)
+    config = getattr(module, "config", None)
+    causal = "past_key_values" in names and getattr(config, "is_decoder", True) is not False
+    padding = getattr(config, "pad_token_id", None)
+    front = causal or ("position_ids" not in names and getattr(module, "pooler", None) is None)
+    tables = [part for name, part in module.named_modules() if name.endswith("position_embeddings")]
+    skips = any(getattr(table, "padding_idx", None) is not None for table in tables)  # it counts real tokens itself
+    counts = not front and not skips and "position_ids" in names
+    return Stack(path, names, causal, 1 if padding == 0 else 0, front, counts)
 
 
 def _takes_ids(module: nn.Module) -> bool:
@@ -127,7 +146,7 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
         prompt = order < lengths
 
     if total:
-        where = "front" if stack.causal else "back"
+        where = "front" if stack.front else "back"
         live = torch.ones(rows, total, dtype=torch.bool, device=tokens.device)
         for names, index in groups:
             if needs[names] < total:
@@ -158,12 +177,17 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
                 front = (live.cumsum(1) - 1).clamp(min=0).to(positions.dtype)
                 positions = torch.cat([front, positions.expand(rows, -1)], 1)
             call["position_ids"] = positions
-        elif positions is not None:
-            call["position_ids"] = _join(positions.new_zeros(positions.shape[0], total), positions, where)
+        elif stack.counts or positions is not None:
+            if positions is None:
+                positions = torch.arange(length, device=tokens.device)[None]
+            positions = positions.expand(rows, -1)
+            last = positions.masked_fill(~real, -1).amax(1, keepdim=True)
+            behind = last + live.cumsum(1).clamp(min=1).to(positions.dtype)
+            call["position_ids"] = _join(behind, positions, where)
     if done:
         state.batches[stack.path] = Batch()
         return (), call
-    first = {names: total - need if stack.causal else -total for names, need in needs.items()}
+    first = {names: total - need if stack.front else -total for names, need in needs.items()}
     slots = {names: _ranges(wanted, names, first[names]) for names in needs}
     if state.rows is None:
         state.batches[stack.path] = Batch(slots[state.active], prompt, order, lengths, total)
@@ -180,7 +204,7 @@ def release(stack: Stack, state: State, module: nn.Module, args: Any, output: An
 
     def strip(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim == 3:
-            return value[:, batch.total :] if stack.causal else value[:, : -batch.total]
+            return value[:, batch.total :] if stack.front else value[:, : -batch.total]
         return tuple(strip(item) for item in value) if isinstance(value, tuple) else value
 
     if isinstance(output, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,8 @@ class State:
 class Deltas(nn.ModuleDict):
     """The deltas of one module in the order they were attached; what the swapped class calls."""
 
+    way: ClassVar[str] = "through its forward"
+    """How they edit their module, in words; there is one way a module."""
     state: State
     stack: str
     width: int

@@ -5,6 +5,7 @@ Which one is used follows from the host alone, never from the method:
     forward   Linear, Conv1D, Embedding, Conv, and any opaque module: its class's forward calls the deltas
     weight    weights that are read raw (attention's in_proj, 3-D experts, norms, grouped conv): the parameter becomes a
               property that returns the edited weight, while the stored one keeps its name in the state dict
+    attention what the queries of an attention module find: `trimtab.core.attention`
     hook      a module whose class cannot change (TorchScript): a forward hook calls the deltas
 """
 
@@ -13,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.attention import AttentionDeltas, edited_attention
 from trimtab.core.batch import follow
 from trimtab.core.delta import Cast, Delta, Deltas, State
 from trimtab.core.errors import UserError
@@ -144,6 +146,7 @@ def raw_weight(module: nn.Module, place: Place) -> RawWeight:
 class RawDeltas(Deltas):
     """Deltas on raw weights: computes the edited parameters, once per forward of their module."""
 
+    way: ClassVar[str] = "as a raw weight"
     layouts: dict[str, RawWeight]
     ready: dict[str, Tensor | None]
 
@@ -247,17 +250,20 @@ def is_raw(module: nn.Module, place: Place) -> bool:
 
 def install(module: nn.Module, place: Place, delta: Delta, key: str, state: State, stack: str, width: int) -> None:
     """Add one delta to a module, swapping its class the first time."""
-    raw = is_raw(module, place)
+    kind = deltas_class(module, place)
+    raw = kind is RawDeltas
     if "delta" not in module._modules:
         if hasattr(module, "delta"):
             raise UserError(f"attach: {place.name} already has an attribute named `delta`")
-        deltas = RawDeltas(state, stack) if raw else Deltas(state, stack)
+        deltas = kind(state, stack)
         deltas.__dict__["width"], deltas.__dict__["hook"] = width, None
         module.add_module("delta", deltas)
         try:
             if raw:
                 names = [n for n in module._parameters if module._parameters[n] is not None or n.endswith("bias")]
                 swap(module, edited_weights, tuple(names))
+            elif kind is AttentionDeltas:
+                swap(module, edited_attention)
             else:
                 swap(module, edited_forward if host_class(module) else edited_opaque)
         except TypeError:
@@ -295,13 +301,19 @@ def hear_output(
     deltas.heard[source] = y if rows is None else y[..., rows[0] : rows[1]]
 
 
+def deltas_class(module: nn.Module, place: Place) -> type[Deltas]:
+    """What holds the deltas of a place's module."""
+    if place.kind == "attention":
+        return AttentionDeltas
+    return RawDeltas if is_raw(module, place) else Deltas
+
+
 def clash(module: nn.Module, place: Place) -> str | None:
-    """Why a place cannot take a further delta: its module is already edited the other way. None if it can."""
-    deltas = module._modules.get("delta")
-    if deltas is None or is_raw(module, place) == isinstance(deltas, RawDeltas):
+    """Why a place cannot take a further delta: its module is already edited another way. None if it can."""
+    deltas: Any = module._modules.get("delta")
+    if deltas is None or deltas_class(module, place).way == deltas.way:
         return None
-    how = "as a raw weight" if isinstance(deltas, RawDeltas) else "through its forward"
-    return f"{place.name} is already edited {how}"
+    return f"{place.name} is already edited {deltas.way}"
 
 
 def stand_aside(module: nn.Module) -> None:
@@ -334,6 +346,16 @@ def uninstall(module: nn.Module, adapter: str, gone: Collection[str] | None = No
         else:
             unswap(module)
         del module._modules["delta"]
+
+
+def frozen_base(module: nn.Module, place: Place) -> Base:
+    """The Base of a module that is called, below any deltas on it."""
+    cls: Any = type(module)
+    while "_origin" in vars(cls) and cls._origin[1] is not edited_forward:
+        cls = cls._origin[0]
+    inner = inner_forward(module, cls._origin[0] if "_origin" in vars(cls) else type(module))
+    host = host_class(module)
+    return plain_base(module, place, 0) if host is None else host(module, inner)
 
 
 def plain_base(module: nn.Module, place: Place, width: int, deltas: Deltas | None = None) -> Base:

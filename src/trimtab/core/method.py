@@ -41,7 +41,7 @@ class Method(ABC):
     width_power: ClassVar[float] = 0.0
     """1 where matrices train, whose best rate under Adam falls as 1/width (arXiv 2203.03466); 0 for vectors."""
     hosts: ClassVar[frozenset[str]] = frozenset({"linear"})
-    """Kinds of site it can sit on: linear, embedding, conv, norm, opaque."""
+    """Kinds of site it can sit on: linear, embedding, conv, norm, attention, opaque."""
     mergeable: ClassVar[bool] = False
     """Whether the trained delta folds into the frozen weight."""
     elastic: ClassVar[frozenset[str]] = frozenset()
@@ -100,6 +100,10 @@ class Method(ABC):
 
     def settle(self, sites: Mapping[str, Any], statistics: Mapping[str, Tensor], step: int | None) -> None:
         """Decide something over all sites (name -> p) together, with what `statistics` names measured again."""
+        return None
+
+    def bake(self, p: Any) -> tuple[Method, dict[str, Tensor]] | None:
+        """The method without what only training needs, and its tensors at this site; None when all of it is needed."""
         return None
 
     def rate(self, width: int) -> float:

@@ -4,7 +4,7 @@
 
 A term is one of
 
-    role          q k v o qkv  gate up down gate_up  attn ffn block stream  norm embed head
+    role          q k v o qkv  gate up down gate_up  attn ffn block stream  norm embed head  attention
                   cross.q cross.k cross.v cross.o cross.qkv cross.kv cross.attn        (attention to another stream)
                   expert_gate expert_up expert_down expert_gate_up                     (3-D expert tensors)
     all-linear    every linear of the model except the output head and whatever shares an embedding's weight; the raw
@@ -24,11 +24,12 @@ and may carry
 likewise. A role's name is never read as a path: a module that happens to be called `gate` is `*.gate`. Taking a part
 away from a chosen whole (`all-linear, !q` in GPT-2) leaves its other parts; a part chosen beside its whole is dropped.
 
-`attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the output
-projection, its dropout where that is a module of its own, and a norm that comes before the addition (Gemma 2 and 3,
-OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer, and `stream` what
-puts out the residual stream behind the feed-forward: the norm after the addition where there is one, else the block.
-Some modules return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
+`attention` is what the queries of self-attention find, before `o`: the module around q, k and v where these are
+called. `attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the
+output projection, its dropout where that is a module of its own, and a norm that comes before the addition (Gemma 2 and
+3, OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer, and `stream`
+what puts out the residual stream behind the feed-forward: the norm after the addition where there is one, else the
+block. Some modules return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
 
 Every term has to match something, and everything that does not is told at once.
 """
@@ -36,6 +37,7 @@ Every term has to match something, and everything that does not is told at once.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,13 +65,14 @@ from trimtab.core.family import (
 
 ROLES = (
     *("q", "k", "v", "o", "qkv", "gate", "up", "down", "gate_up", "attn", "ffn", "block"),
-    *("stream", "norm", "embed", "head"),
+    *("stream", "norm", "embed", "head", "attention"),
     *("cross.q", "cross.k", "cross.v", "cross.o", "cross.qkv", "cross.kv", "cross.attn"),
     *("expert_gate", "expert_up", "expert_down", "expert_gate_up"),
 )
 """Every role there is. A family has some of them."""
-KINDS = ("linear", "embedding", "conv", "norm", "raw", "opaque")
+KINDS = ("linear", "embedding", "conv", "norm", "raw", "attention", "opaque")
 """Kinds of place. `raw` is a parameter without a module to call; `opaque` is known by its output only."""
+WEIGHTLESS = ("attention", "opaque")
 TOGETHER: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q", "k", "v"),
     "cross.qkv": ("cross.q", "cross.k", "cross.v"),
@@ -85,6 +88,7 @@ PLURALS = {
     "conv": "convolutions",
     "norm": "norms",
     "raw": "raw tensors",
+    "attention": "attentions",
     "opaque": "opaque modules",
 }
 
@@ -109,7 +113,7 @@ class Place:
     features: int | None = None
     """Width of the residual stream, for `attn`, `ffn`, `cross.attn` and `block`."""
     kind: str = "opaque"
-    """linear, embedding, conv, norm, raw, or opaque. `attn`, `ffn` and `block` are opaque whatever the module is."""
+    """linear, embedding, conv, norm, raw, attention or opaque. `attn`, `ffn`, `block` are opaque whatever they are."""
     transposed: bool = False
     """Whether a raw expert tensor is stored (experts, in, out) instead of (experts, out, in)."""
     tied: str | None = None
@@ -273,6 +277,7 @@ class _Anatomy:
                 matches = [at for at in (_matches(contents, stack, text) for text in paths_of(patterns)) if at]
                 if matches:
                     self.enters[block, role] = join(block, matches[0][0][0])
+            self._put_attention(block)
         for role, patterns in family.outside.items():
             for text in paths_of(patterns):
                 wanted, _, part = text.partition(":")
@@ -336,6 +341,18 @@ class _Anatomy:
             self._add(whole)
         elif part in ranges:
             self._add(replace(whole, part=part, rows=ranges[part], role=role))
+
+    def _put_attention(self, block: str) -> None:
+        """The innermost module around q, k and v of a block, where they are modules, or parts of one."""
+        parts = [self._roles.get((block, role)) for role in ("q", "k", "v")]
+        if any(place is None or place.kind != "linear" for place in parts):
+            return
+        inside = [place.module.split(".")[:-1] for place in parts if place is not None]
+        same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*inside, strict=False))
+        path = ".".join(names[0] for names in same)
+        size = widths(self.modules[parts[1].module]) if parts[1] is not None else None
+        if within(path, block) and path != block and size is not None:
+            self._add(Place(path, role="attention", kind="attention", features=size[1], **self._where(path)))
 
     def _add(self, place: Place) -> None:
         hidden = place.role if place.kind == "opaque" else None
@@ -589,7 +606,7 @@ class _Selection:
         if body == "all-linear":
             found = [place for place in whole if self._is_plain_linear(place)]
         elif body == "all":
-            found = [place for place in whole if place.kind != "opaque" and not self._is_tied_head(place)]
+            found = [place for place in whole if place.kind not in WEIGHTLESS and not self._is_tied_head(place)]
         elif body in ROLES:
             found = [place for place in self.places if place.role == body]
             if not found and body in TOGETHER:
@@ -623,14 +640,14 @@ class _Selection:
         )
 
     def _by_path(self, body: str, whole: list[Place]) -> list[Place]:
-        """Places with a weight; else sub-layers and blocks; else any module at all. `kinds` chooses between them."""
+        """Places with a weight; else sub-layers and blocks; else any module; else attentions. `kinds` chooses."""
         match = _globbed(body) if any(sign in body for sign in "*?[") else _suffixed(body)
 
         def named(place: Place) -> bool:
             paths = self.anatomy.aliases.get(place.module, [place.module])
             return any(match(join(path, place.parameter or "")) for path in paths)
 
-        weighted = [place for place in whole if place.kind != "opaque" and named(place)]
+        weighted = [place for place in whole if place.kind not in WEIGHTLESS and named(place)]
         hidden = [place for place in whole if place.kind == "opaque" and named(place)]
         taken = {place.module for place in weighted + hidden if place.parameter is None}
         other = [
@@ -638,7 +655,8 @@ class _Selection:
             for path in self.anatomy.modules
             if path and path not in taken and named(Place(path))
         ]
-        tiers = [tier for tier in (weighted, hidden, other) if tier]
+        attentions = [place for place in whole if place.kind == "attention" and named(place)]
+        tiers = [tier for tier in (weighted, hidden, other, attentions) if tier]
         fitting = [tier for tier in tiers if self.kinds is None or any(place.kind in self.kinds for place in tier)]
         return next(iter(fitting or tiers), [])
 

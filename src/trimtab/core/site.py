@@ -133,6 +133,9 @@ class EmbeddingBase(ModuleBase):
 
     __slots__ = ()
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(self.module.weight.device))
+
     def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         y = F.embedding(x, W.mT) * self.gain
         return y if b is None else y + b
@@ -336,7 +339,7 @@ class Site:
     """Path of the module, with `:part` for a slice: `transformer.h.0.attn.c_attn:q`."""
     base: Base
     kind: str
-    """linear, embedding, conv, norm or opaque."""
+    """linear, embedding, conv, norm, attention or opaque."""
     role: str | None = None
     layer: int | None = None
     features: int = 0

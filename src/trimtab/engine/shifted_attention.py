@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.core.method import InputMethod
 from trimtab.data.packing import Bag, Segment
-from trimtab.engine.attention import can_pack, segment_attention
+from trimtab.engine.attention import attached, can_pack, segment_attention
 
 NAME = "trimtab_shifted"
 
@@ -86,9 +87,10 @@ def causal(q: Tensor, k: Tensor, v: Tensor, many: int, scaling: float | None, dr
 
 
 def can_shift(model: nn.Module, longest: int) -> bool:
-    """Whether attention can be shifted in this model: where rows can be packed, in a model that only writes."""
+    """Whether attention can be shifted in this model: where rows can be packed, without virtual tokens in front."""
     config: Any = getattr(model, "config", None)
-    return can_pack(model, longest) and not getattr(config, "is_encoder_decoder", False)
+    virtual = any(isinstance(method, InputMethod) for method in attached(model))
+    return can_pack(model, longest) and not virtual and not getattr(config, "is_encoder_decoder", False)
 
 
 def group_for(longest: int) -> int:

@@ -47,7 +47,7 @@ def count(case: Case) -> None:
 
 def matrices(site: Site) -> int:
     """How many matrices a site stacks: the experts of a mixture, else one."""
-    if site.kind == "opaque":
+    if site.kind in ("opaque", "attention"):
         return 1
     W = site.base.weight
     return W.shape[0] if W.ndim == 3 else 1

@@ -10,9 +10,10 @@ all sites share. `context` has `kind`, `role`, `h` (the frozen output for x), `p
 norms `eps` and `centered`; a hidden-space method at an opaque site gets W = None. `sources` has what the method reads
 beside x, by name, where it does.
 
-For the input space the equation is one of an attention, so the site is one: x (rows, positions, width) is its input,
-`W`, `b` and `p` are dicts by role (q, k, v, o), y is its output, and `context` has `heads`, `key_heads`, `theta` (for
-rotary positions) and `mask` (rows, positions).
+For an attention, and for the input space at k and v, the equation is one of an attention, so the site is one:
+x (rows, positions, width) is its input, `W`, `b` and `p` are dicts by role (q, k, v, o), y is its output, and `context`
+has `heads`, `key_heads`, `theta` (for rotary positions) and `mask` (rows, positions). At an embedding or a block x and
+y have the reserved positions in front.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def oracle(case: Case) -> None:
     state = model.__dict__["_trimtab"]
     (part,) = state.adapters["default"].parts
     at = list(zip(part.places, deltas_of(model, state, "default", part), strict=True))
-    if isinstance(part.method, InputMethod):
+    if "attention" in part.method.hosts or (isinstance(part.method, InputMethod) and "linear" in part.method.hosts):
         attention(case, model, part, at, inputs)
         return
     for place, delta in at:
@@ -159,7 +160,7 @@ def attention(
         case.run(model, inputs)
     for handle in handles:
         handle.remove()
-    reserved = part.method.virtual_tokens  # type: ignore[attr-defined]
+    reserved = case.virtual_tokens
     for path, (x, y) in seen.items():
         module: Any = modules[path]
         projections = {role: getattr(module, f"{role}_proj") for role in "qkvo"}

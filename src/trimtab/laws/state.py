@@ -96,7 +96,10 @@ def hooks(module: nn.Module) -> int:
 
 @law(5, "save", storages="every")
 def saves(case: Case) -> None:
-    """A saved adapter holds its own tensors only and loads bit for bit; a file that does not fit is refused in full."""
+    """A saved adapter holds its own tensors only and loads bit for bit; a file that does not fit is refused in full.
+
+    Saved without what only training needs, it computes the same.
+    """
     model = case.attached()
     with torch.no_grad():
         output = case.run(model)
@@ -113,6 +116,9 @@ def saves(case: Case) -> None:
         require(list(trainable(fresh)) == list(trainable(model)), "other tensors are trained after load")
         with torch.no_grad():
             close(case.run(fresh), output, 0, "output after load")
+        small = load(case.model(), save(model, Path(directory) / "baked", bake=True))
+        with torch.no_grad():
+            close(case.run(small), output, 8 * case.storage.eps, "output of what is left when baked")
         for wrong in faults(stored, methods_in(case.method)[0].elastic):
             refused(case, folder, stored, wrong)
 

@@ -75,6 +75,9 @@ class Recipe:
     )
     track: str = option("", "Also log to tensorboard, wandb or trackio; several with commas.", "training")
     keep: int = option(2, "Checkpoints kept while training; none remains when it ends.", "training")
+    bake: bool = option(
+        True, "Save without what only training needs, as the network that makes a prefix; no: keep it.", "training"
+    )
     seed: int = option(0, "Seed of the start, the order of rows and dropout.", "training")
     dtype: str = option("auto", "Floating type of the frozen weights: auto, float32, bfloat16, float16.", "training")
     device: str = option("auto", "auto, cpu, cuda or mps.", "training")
@@ -302,4 +305,5 @@ def typed(value: Any, default: Any) -> Any:
         if value.lower() not in ("true", "false"):
             raise ValueError(value)
         return value.lower() == "true"
-    return int(value) if isinstance(default, int) else float(value)
+    whole = default is None and value.lstrip("+-").isdigit()
+    return int(value) if whole or isinstance(default, int) else float(value)

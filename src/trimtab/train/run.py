@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -19,7 +20,7 @@ from trimtab.core.attach import activate, attach, plan
 from trimtab.core.delta import Delta, Part, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import MEASURES
-from trimtab.core.method import Method, Placed
+from trimtab.core.method import InputMethod, Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
 from trimtab.core.settle import settle
@@ -38,6 +39,7 @@ from trimtab.models.loading import Loaded, fingerprint, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.train import checkpoint, rundir
 from trimtab.train.interrupt import Interrupt, Stopped
+from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
@@ -84,6 +86,7 @@ class Job:
     steps: int
     steps_per_epoch: int
     record: dict[str, Any]
+    tokenizer: Any = None
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some training rows as one batch, on the model's device."""
@@ -160,13 +163,16 @@ def carry_out(job: Job, tell: Reporter) -> Result:
             rundir.write_record(job.directory, record)
         tell.evaluated("before", record["before"])
 
-        metrics = train(job, tell)
+        searched = any(is_searched(delta.method) for delta in job.model.modules() if isinstance(delta, Delta))
+        metrics = search(job, tell) if searched else train(job, tell)
 
         tell.stage("measuring the tuned model")
         record["after"] = job.measure()
         tell.evaluated("after", record["after"])
     notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
-    save(job.model, job.directory / rundir.ADAPTER, notes=notes)
+    prompt = wording(job.model, job.tokenizer)
+    notes |= {"prompt": prompt} if prompt is not None else {}
+    save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)
     heldout = [(0, record["before"]["loss"])]
     heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
     rundir.plot_loss(job.directory, metrics, [*heldout, (record["kept_step"], record["after"]["loss"])])
@@ -344,13 +350,14 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
         context=recipe.context,
     )
     model = loaded.model
-    train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples)
+    parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules)]
+    reserved = sum(part.method.virtual_tokens for part in parts if isinstance(part.method, InputMethod))
+    train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples, reserved)
     for note in (*loaded.notes, *train_rows.report.notes):
         tell.note(note)
 
     tell.stage("attaching")
     pad_id = loaded.tokenizer.pad_token_id
-    parts = placed_parts(method, recipe.where, loaded.new_modules)
     format = rundir.format_named(recipe.quantize) if recipe.quantize else None
     together = format is not None and any(part.method.takes_out for part in parts)
     if format is not None and not together:
@@ -428,6 +435,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         record=record,
+        tokenizer=loaded.tokenizer,
     )
 
 
@@ -462,10 +470,13 @@ def label_names(rows: Sequence[Any]) -> list[str]:
 
 
 def encoded(
-    recipe: Recipe, loaded: Loaded, train: Sequence[Example], heldout: Sequence[Example]
+    recipe: Recipe, loaded: Loaded, train: Sequence[Example], heldout: Sequence[Example], reserved: int = 0
 ) -> tuple[EncodedSet, EncodedSet]:
-    """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused."""
-    limit = recipe.max_length or loaded.max_length
+    """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused.
+
+    Of the positions a model has, those `reserved` for virtual tokens are left free.
+    """
+    limit = recipe.max_length or (loaded.max_length - reserved if loaded.max_length else None)
     settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
     if loaded.task == "seq2seq":
         settings["decoder_start"] = loaded.model.config.decoder_start_token_id
@@ -485,6 +496,15 @@ def placed_parts(method: Any, where: str | None, new_modules: Sequence[str]) -> 
     if new_modules:
         parts.append(Placed(find("full")(), ", ".join(new_modules)))
     return parts
+
+
+def worded(part: Placed, tokenizer: Any) -> Placed:
+    """The same part; a method that starts as a text gets its token ids, which methods cannot know."""
+    text = getattr(part.method, "text", "")
+    if not text or part.method.tokens:  # type: ignore[attr-defined]
+        return part
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return Placed(dataclasses.replace(part.method, tokens=ids), part.where)  # type: ignore[call-arg]
 
 
 def measured(
