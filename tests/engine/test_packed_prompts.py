@@ -178,12 +178,11 @@ def span(packed: Pack, index: int) -> tuple[int, int]:
     return packed.segments[index].start, packed.segments[index].stop
 
 
-def test_a_method_that_does_not_say_what_it_edits_is_not_packed() -> None:
+def test_edits_of_the_prompt_are_not_packed_beside_virtual_tokens() -> None:
     model = MAKE["llama"]()
     assert edited_ends(model) == ()
     tt.attach(model, tt.LoReFT(rank=2))
     tt.attach(model, tt.Untied(), name="other")
     assert edited_ends(model) == ((7, 7), (7, 0), (0, 7))
     tt.attach(model, tt.PrefixTuning(length=3, hidden=None), name="third")
-    assert edited_ends(model) is None
     assert not can_pack(model, 64)

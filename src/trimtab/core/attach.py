@@ -316,7 +316,7 @@ def site_at(
     )
 
 
-def heads_around(model: nn.Module, path: str) -> int | None:
+def heads_around(model: nn.Module, path: str) -> int:
     """How many query heads the attention a module belongs to has, as it or its configuration says."""
     for module in reversed(ancestors(model, path)):
         for source in (module, getattr(module, "config", None)):
@@ -324,7 +324,7 @@ def heads_around(model: nn.Module, path: str) -> int | None:
                 count = getattr(source, name, None)
                 if isinstance(count, int):
                     return count
-    return None
+    return 0
 
 
 def rows_of(base: Base, place: Place) -> Base:

@@ -61,7 +61,7 @@ def at_prompt(base: Base, P: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
         norm = inner.module._modules.get(f"{role}_norm")
         whole = norm is not None and next(norm.parameters()).shape[0] == y.shape[1]
         y = norm(y) if whole else y
-        groups = inner.beside["k"].features // size
+        groups = (inner.beside["k"].features or size) // size
         y = y.reshape(len(P), groups, -1).transpose(0, 1)
         y = y if norm is None or whole else norm(y)
         made.append(y.repeat_interleave(heads // groups, 0))
@@ -161,7 +161,7 @@ def heads_of(module: nn.Module) -> int:
 
 def projections(places: Sequence[Place], module: nn.Module, path: str) -> dict[str, Place]:
     """k and v of the attention at `path`, seen from it; `features` is how wide each is."""
-    found = {}
+    found: dict[str, Place] = {}
     for place in places:
         if place.role in ("k", "v") and place.module.startswith(f"{path}.") and place.kind == "linear":
             from trimtab.core.install import plain_base

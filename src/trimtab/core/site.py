@@ -354,8 +354,8 @@ class Site:
     """Whether a bias can be put where there is none: not at an RMS norm, nor at a matrix that is read raw."""
     shared: Any = None
     """What `Method.shared` returned, read by attribute."""
-    heads: int | None = None
-    """Query heads of the attention it belongs to, or of the model; None where nothing says."""
+    heads: int = 0
+    """Query heads of the attention it belongs to, or of the model; 0 where nothing says."""
 
     @property
     def out_features(self) -> int:

@@ -107,7 +107,7 @@ def sites_of(model: nn.Module, name: str) -> Iterator[tuple[Place, Any, Any]]:
             yield place, delta, part.method
 
 
-def put(delta: Delta | Any, base: Any, at: int, token: int) -> None:
+def put(delta: Any, base: Any, at: int, token: int) -> None:
     """Make a token the trigger's at one place."""
     delta.t[at] = token
     delta.E[at] = base(delta.t[at : at + 1])[0].to(delta.E)
