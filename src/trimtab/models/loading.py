@@ -7,6 +7,7 @@ What is wrong with a model directory is said before any weight is read; what tra
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -138,6 +139,35 @@ def writing_task(source: str | Path) -> str:
     with quiet_transformers():
         config = _config(location, source, hub=directory is None)
     return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+
+
+def outline(source: str | Path, *, progress: Callable[[str], None] | None = None) -> nn.Module:
+    """The model of `source` on the meta device, from its `config.json` alone: every shape, no weight.
+
+    Its class is the one that `load` would take: one that writes where the architecture does, else a classifier.
+    """
+    from transformers import AutoModel
+
+    location, directory = _locate(source, progress)
+    if directory is not None:
+        _refuse(f"model {directory}", _config_problems(directory))
+    with quiet_transformers():
+        config = _config(location, source, hub=directory is None)
+        loader = AutoModel
+        writes = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+        for task in (writes, "classify"):
+            try:
+                _check_task(config, source, task)
+            except UserError:
+                continue
+            loader = getattr(importlib.import_module("transformers"), TASKS[task][0])
+            break
+        try:
+            with torch.device("meta"):
+                model: nn.Module = loader.from_config(config).eval()
+        except Exception as error:
+            raise _not_loadable(source, "architecture", error) from error
+    return model
 
 
 def check_directory(directory: str | Path, *, task: str = "causal") -> None:
