@@ -55,6 +55,20 @@ def test_data_with_a_model_marks_exactly_the_trained_tokens(
     assert [piece["trained"] for piece in whole["examples"][0]["pieces"]] == [True]
 
 
+def test_data_tells_whether_the_end_is_trained_and_padding_is_not(
+    trimtab: Run, prompts: Path, chat_model: Path, plain_model: Path, encoder: Path, labelled: Path
+) -> None:
+    for model, token in ((chat_model, "<|im_end|>"), (plain_model, "<|endoftext|>")):
+        done = trimtab("data", prompts, "--model", model, "--examples", "0")
+        assert f"trained in 36 of 36 sequences ({token})" in done.out
+        assert "not trained (<|endoftext|>)" in done.out
+    cut = trimtab(
+        "data", prompts, "--model", chat_model, "--max-length", "24", "--truncation", "right", "--json"
+    ).document
+    assert [one["passed"] for one in cut["checks"]] == [False, True]
+    assert trimtab("data", labelled, "--model", encoder, "--json").document["checks"] == []
+
+
 def test_data_counts_labels(trimtab: Run, labelled: Path, encoder: Path) -> None:
     assert "colour 15, other 42" in trimtab("data", labelled).out
     done = trimtab("data", labelled, "--model", encoder, "--examples", "1")

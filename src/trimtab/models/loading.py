@@ -180,7 +180,7 @@ def check_directory(directory: str | Path, *, task: str = "causal") -> None:
             f"model {directory}: this is an adapter (adapter_config.json), not a model",
             fix="load its base model, then load the adapter onto it",
         )
-    problems = [*_config_problems(directory), *_weights(directory, task)[1], *_tokenizer_problems(directory)]
+    problems = [*_config_problems(directory), *_weights(directory, task)[1], *tokenizer_problems(directory)]
     if directory.name in starters() and any("no config.json" in what for what, _ in problems):
         problems.append((f"it hides the starter {directory.name}", "rename the directory to get the starter"))
     _refuse(f"model {directory}", problems)
@@ -416,7 +416,8 @@ def _damage(file: Path) -> str:
     return ""
 
 
-def _tokenizer_problems(directory: Path) -> list[_Problem]:
+def tokenizer_problems(directory: Path) -> list[_Problem]:
+    """What keeps the tokenizer of a model directory from loading, each with its fix."""
     names = {file.name for file in directory.iterdir()}
     if names.intersection(_TOKENIZER_FILES) or any(name.endswith(_TOKENIZER_ENDINGS) for name in names):
         return []
