@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 import trimtab as tt
-from trimtab.catalog import describe, markdown, presets
+from trimtab.catalog import attachable, describe, entries, markdown, on_model
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README, GALLERY = ROOT / "README.md", ROOT / "docs" / "methods.md"
+
+
+def outline() -> Any:
+    """A tiny Llama without weights."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)
 
 
 def test_every_method_file_is_listed_with_its_paper_and_equation() -> None:
@@ -22,9 +37,56 @@ def test_every_method_file_is_listed_with_its_paper_and_equation() -> None:
         assert facts["space"] in ("weight", "hidden", "input"), name
 
 
-def test_descriptions_are_plain_data_up_to_nested_methods() -> None:
-    for name in (*tt.methods(), *presets()):
-        json.dumps(describe(name), default=repr)
+def test_everything_says_the_same_things_of_itself_as_plain_data() -> None:
+    said = ("summary", "equation", "where", "cost", "mergeable", "hosts", "storages", "laws", "learning_rate")
+    for name, kind in entries():
+        facts = describe(name, kind)
+        assert json.loads(json.dumps(facts)) == facts, name
+        wanted = said if kind != "storage" else ("summary", "equation", "cost", "bits_per_weight")
+        assert not [key for key in wanted if facts[key] in ("", None)], name
+    assert describe("nf4")["bits_per_weight"] == 4.5
+    assert describe("LoRA-GA")["kind"] == "presets"
+    assert describe("pissa", "start")["presets"] == ["pissa"]
+    assert describe("pissa")["start"] == "pissa"
+    assert describe("loftq")["needs"] == ["quantize"]
+    assert "float32" not in describe("loftq")["storages"]
+
+
+def test_the_cost_is_the_sentence_of_the_docstring() -> None:
+    assert describe("lora")["cost"] == (
+        "Costs 2·rank·(in + out) multiplications per token, twice that with A0 and B0; nothing after merging."
+    )
+    assert "arXiv" not in "".join(describe(*entry)["cost"] for entry in entries())
+
+
+def test_an_unknown_name_is_told_the_nearest() -> None:
+    with pytest.raises(tt.UserError, match="did you mean lora"):
+        tt.describe("lorra")
+    with pytest.raises(tt.UserError, match="nf4"):
+        tt.describe("lora", "storage")
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "dora", "vera", "houlsbynorm", "full", "prefix_tuning", "init_b", "fish_mask"]
+)
+def test_counts_by_formula_are_those_of_attaching(name: str) -> None:
+    model = outline()
+    found = on_model(name, model, 32)
+    kind = describe(name)["kind"]
+    tt.attach(model, attachable(name, kind))
+    assert found["parameters"] == sum(one.numel() for one in model.parameters() if one.requires_grad)
+    assert found["share"] == found["parameters"] / sum(one.numel() for one in outline().parameters())
+
+
+def test_a_method_that_does_not_go_on_a_model_says_why() -> None:
+    assert "no ancestor" in on_model("prefix_tuning", outline().model.layers, 32)["problem"]
+
+
+def test_a_format_is_measured_in_the_bytes_of_the_linear_weights() -> None:
+    linears = [one for one in outline().model.layers.modules() if isinstance(one, torch.nn.Linear)]
+    found = on_model("absmax", outline(), 32)
+    assert found["weights"] == sum(one.weight.numel() for one in linears)
+    assert found["bytes"] == found["weights"] + 4 * sum(one.out_features for one in linears)
 
 
 def test_names_are_public_attributes() -> None:
@@ -38,3 +100,17 @@ def test_the_readme_has_the_table_of_this_registry() -> None:
     start = text.index("-->", text.index("<!-- methods:")) + 3
     shown = text[start : text.index("<!-- end of methods -->")].strip()
     assert shown == markdown(), "rewrite it: python -c 'from trimtab.catalog import markdown; print(markdown())'"
+
+
+def test_the_gallery_is_that_of_this_registry() -> None:
+    from trimtab.report.gallery import gallery
+
+    rewrite = "python -c 'from trimtab.report.gallery import write; write(\"docs/methods.md\")'"
+    assert GALLERY.read_text(encoding="utf-8") == gallery(), f"rewrite it: {rewrite}"
+
+
+def test_the_gallery_has_every_exception_with_its_reason() -> None:
+    text = GALLERY.read_text(encoding="utf-8")
+    for name, cls in tt.methods().items():
+        for law, reason in cls.laws.items():
+            assert f"| not {law} | {reason} |" in text.partition(f"### {name}\n")[2].partition("\n### ")[0]

@@ -39,6 +39,8 @@ _HOME = {
     "UserError": "core.errors",
     "register": "core.registry",
     "methods": "catalog",
+    "starts": "catalog",
+    "describe": "catalog",
     "formats": "catalog",
     "presets": "presets",
     "laws": "laws",

@@ -130,6 +130,16 @@ def test_a_full_disk_is_one_message(trimtab: Run, command: Any) -> None:
     )
 
 
+def test_a_file_that_may_not_be_used_is_one_message(trimtab: Run, command: Any) -> None:
+    def fail() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/file")
+
+    command(fail)
+    done = trimtab("models")
+    message = "error: /somewhere/file: Permission denied\n  fix: check its permissions, or use another path\n"
+    assert (done.code, done.err) == (2, message)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, click.Abort, EOFError])
 def test_an_interrupt_is_one_line_and_130(trimtab: Run, command: Any, error: type[BaseException]) -> None:
     def fail() -> None:

@@ -13,7 +13,6 @@ import click
 import pytest
 from tests.cli.conftest import save_model
 
-import trimtab as trimtab_library
 from trimtab import catalog
 from trimtab.cli import progress
 from trimtab.cli.verb import Verb
@@ -54,6 +53,20 @@ def test_data_with_a_model_marks_exactly_the_trained_tokens(
     assert any("without white space" in note for note in found["report"]["notes"])
     whole = trimtab("data", prompts, "--model", chat_model, "--train-on", "all", "--examples", "1", "--json").document
     assert [piece["trained"] for piece in whole["examples"][0]["pieces"]] == [True]
+
+
+def test_data_tells_whether_the_end_is_trained_and_padding_is_not(
+    trimtab: Run, prompts: Path, chat_model: Path, plain_model: Path, encoder: Path, labelled: Path
+) -> None:
+    for model, token in ((chat_model, "<|im_end|>"), (plain_model, "<|endoftext|>")):
+        done = trimtab("data", prompts, "--model", model, "--examples", "0")
+        assert f"trained in 36 of 36 sequences ({token})" in done.out
+        assert "not trained (<|endoftext|>)" in done.out
+    cut = trimtab(
+        "data", prompts, "--model", chat_model, "--max-length", "24", "--truncation", "right", "--json"
+    ).document
+    assert [one["passed"] for one in cut["checks"]] == [False, True]
+    assert trimtab("data", labelled, "--model", encoder, "--json").document["checks"] == []
 
 
 def test_data_counts_labels(trimtab: Run, labelled: Path, encoder: Path) -> None:
@@ -106,8 +119,8 @@ def test_methods_lists_every_method_preset_and_format(trimtab: Run) -> None:
     assert (done.code, done.err) == (0, "")
     for words in ("weight methods", "lora", "2106.09685", "presets", "dora", "storage formats", "nf4", "merges"):
         assert words in done.out
-    names = {one["name"] for one in trimtab("methods", "--json").document}
-    assert names == {*trimtab_library.methods(), *catalog.presets(), *trimtab_library.formats()}
+    found = trimtab("methods", "--json").document
+    assert [(one["name"], one["kind"]) for one in found] == catalog.entries()
     assert {one["name"] for one in trimtab("methods", "*tuning", "--json").document} >= {"prefix_tuning", "ln_tuning"}
 
 
@@ -119,12 +132,37 @@ def test_methods_describes_one_in_any_spelling(trimtab: Run, name: str) -> None:
     assert "trimtab tune --model MODEL --data FILE --" in done.out
     found = trimtab("methods", name, "--json").document
     assert found["name"].replace("_", "") == name.lower().replace("-", "")
-    assert found["fields"]
+    assert found["settings"]
 
 
 def test_methods_says_what_a_method_does_not_keep_and_where_a_preset_goes(trimtab: Run) -> None:
     assert "virtual tokens have no weight to merge into" in trimtab("methods", "prefix_tuning").out
     assert "at 'attn, ffn'" in trimtab("methods", "houlsbynorm").out
+
+
+def test_methods_shows_the_start_of_a_preset_and_starts_on_their_own(trimtab: Run) -> None:
+    done = trimtab("methods", "pissa")
+    assert "the start pissa\n  s·B A = U_r S_r V_rᵀ" in done.out
+    assert trimtab("methods", "pissa", "--json").document["start"]["kind"] == "start"
+    assert "--method lora --start init_b" in trimtab("methods", "init_b").out
+    assert "--quantize nf4" in trimtab("methods", "loftq").out
+
+
+def test_methods_counts_on_a_model_from_its_configuration_alone(
+    trimtab: Run, chat_model: Path, encoder: Path, tmp_path: Path
+) -> None:
+    for name, model in (("writer", chat_model), ("reader", encoder)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((model / "config.json").read_bytes())
+    found = trimtab("methods", "lora", "--model", tmp_path / "writer", "--json").document["on_model"]
+    assert found == {"parameters": 7424, "share": found["share"], "sites": 14, "learning_rate": 0.048}
+    done = trimtab("methods", "*lora*", "--model", tmp_path / "reader")
+    assert (done.code, done.err) == (0, "")
+    assert "share" in done.out
+    assert "7,424 (" in trimtab("methods", "lora", "--model", tmp_path / "writer").out
+    assert "linear weights" in trimtab("methods", "nf4", "--model", tmp_path / "writer").out
+    lost = trimtab("methods", "lora", "--model", tmp_path)
+    assert (lost.code, "no config.json" in lost.err) == (2, True)
 
 
 def test_an_unknown_method_names_the_nearest(trimtab: Run) -> None:

@@ -310,6 +310,36 @@ def test_a_full_disk_at_the_end_is_one_message_and_leaves_no_adapter(
     assert left == []
 
 
+def test_a_disk_too_full_for_the_plot_costs_only_the_plot(
+    trimtab: Run, chat_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.core.errors import UserError
+    from trimtab.train import rundir
+
+    def full(*arguments: Any) -> None:
+        raise UserError("save: could not write 42,468 bytes")
+
+    monkeypatch.setattr(rundir, "plot_loss", full)
+    done = trimtab("tune", "--model", chat_model, "--data", prompts, "--steps", "1", "--output", tmp_path / "run")
+    assert done.code == 0
+    assert "complete, but without its plot" in done.out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_disk_that_is_full_at_once_leaves_nothing(
+    trimtab: Run, chat_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trimtab.core.save as saving
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving.os, "fsync", full)
+    done = trimtab("tune", "--model", chat_model, "--data", prompts, "--steps", "1", "--output", tmp_path / "run")
+    assert (done.code, "No space left on device" in done.err) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
 def big(handle: int) -> bool:
     """Whether an open file is an adapter's tensors and not a record of text."""
     return os.fstat(handle).st_size > 8000
@@ -368,3 +398,21 @@ def test_find_lr_tries_rates_and_trains_nothing(trimtab: Run, chat_model: Path, 
     assert found.code == 0
     assert len(found.document["rates"]) == len(found.document["losses"]) > 10
     assert Path(found.document["plot"]).is_file()
+
+
+def test_a_key_under_two_names_is_refused(trimtab: Run, chat_model: Path, prompts: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text(f"model: {chat_model}\ndata: {prompts}\nlr: 1e-3\nlearning_rate: 2e-3\n")
+    for arguments in ([recipe], ["--model", chat_model, "--data", prompts, "--lr", "1", "--learning-rate", "2"]):
+        done = trimtab("tune", *arguments)
+        assert done.code == 2
+        assert "are the same key" in done.err
+    assert trimtab("tune", recipe, "--resume", "x").code == 2
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_any_work(
+    trimtab: Run, chat_model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = trimtab("tune", "--model", chat_model, "--data", prompts, "--output", tmp_path / "file" / "run")
+    assert (done.code, "is a file" in done.err, done.out) == (2, True, "")

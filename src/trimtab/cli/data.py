@@ -19,7 +19,7 @@ from trimtab.train.recipe import CHOICES, pairs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trimtab.data.encode import Encoded
+    from trimtab.data.encode import Encoded, EncodedSet
     from trimtab.data.forms import Example
 
 LONGEST = 600
@@ -105,6 +105,8 @@ def encoded(
     limit = max_length or (tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None)
     made = encode_all(rows, tokenizer, max_length=limit, truncation=truncation, train_on=train_on)
     say("\n".join("  " + line for line in made.report.summary().splitlines()))
+    checks = checked(made, tokenizer)
+    say(columns([(str(one["check"]), str(one["found"])) for one in checks]))
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if made.report.template != "none" and shown:
         say("\n" + (click.style("trained tokens", fg="green") if colours else "trained tokens stand in [[ ]]"))
@@ -118,7 +120,32 @@ def encoded(
         examples.append({"row": one.row, "tokens": len(one.ids), "label": label, "pieces": runs})
         say(f"\nrow {one.row}, {len(one.ids)} tokens{named}\n{marked(runs, colours)}")
     report = vars(made.report) | {"notes": list(made.report.notes)}
-    return {"report": report, "examples": examples}
+    return {"report": report, "checks": checks, "examples": examples}
+
+
+def checked(made: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Whether what ends an answer is learned, and padding is not: read from the masks and from a padded batch."""
+    from trimtab.data.batches import IGNORED, collate
+
+    if made.report.template == "none":
+        return []
+    last = [max((place for place, on in enumerate(row.trained) if on), default=-1) for row in made]
+    ends = Counter(row.ids[place] for row, place in zip(made, last, strict=True) if place >= 0)
+    token, special = ends.most_common(1)[0][0], set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ended = sum(count for one, count in ends.items() if one in special)
+    by_length = sorted(made, key=lambda row: len(row.ids))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batch = collate([by_length[0], by_length[-1]], pad_id)
+    learned = int((batch["labels"][0, len(by_length[0].ids) :] != IGNORED).sum())
+    name = f" ({tokenizer.decode([token])})" if token in special else ""
+    end = f"trained in {ended:,} of {len(made):,} sequences{name}"
+    if ended < len(made):
+        end += "; the others end without one, so a model does not learn there when to stop"
+    padding = "not trained" if not learned else f"{learned} positions are trained, which is wrong"
+    return [
+        {"check": "end of turn", "found": end, "passed": ended == len(made)},
+        {"check": "padding", "found": f"{padding} ({tokenizer.decode([pad_id])})", "passed": not learned},
+    ]
 
 
 def pieces(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -158,10 +185,14 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, a starter or a hub id; no weights are read."""
     from transformers import AutoTokenizer
 
+    from trimtab.models.loading import tokenizer_problems
     from trimtab.models.starters import fetch, quiet_transformers, starters
 
     directory = Path(model).expanduser()
     source = str(directory) if directory.is_dir() or model not in starters() else str(fetch(model, progress=say))
+    problems = tokenizer_problems(directory) if directory.is_dir() else []
+    if problems:
+        raise UserError(f"data: no tokenizer could be loaded from {model}: {problems[0][0]}", fix=problems[0][1])
     try:
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)

@@ -30,6 +30,7 @@ COMMANDS = {
 }
 """Command -> its line in `trimtab --help`; the command itself is `command` in `trimtab.cli.<name>`."""
 
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -92,6 +93,9 @@ class Root(click.Group):
             click.echo(str(stop) or "interrupted", err=True)
             sys.exit(INTERRUPTED)
         except OSError as error:
+            if error.errno in DENIED and error.filename:
+                fix = "check its permissions, or use another path"
+                sys.exit(complain(f"{error.filename}: {error.strerror}", fix, machine))
             if error.errno not in FULL_DISK:
                 sys.exit(confess())
             name = f" while writing {error.filename}" if error.filename else ""

@@ -19,6 +19,7 @@ from trimtab.train.recipe import (
     method_settings,
     read_recipe,
     recipe_from,
+    said_twice,
 )
 
 if TYPE_CHECKING:
@@ -199,6 +200,9 @@ def method_in(args: list[str]) -> str | None:
 def merged(recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a recipe file with the flags over them, all under our own names."""
     content = read_recipe(recipe) if recipe else {}
+    for source in (content, given):
+        if twice := said_twice(source):
+            raise UserError(f"recipe: {'; '.join(twice)}", fix="keep one of them")
     values: dict[str, Any] = {}
     for key, value in (*content.items(), *given.items()):
         if value is not None:

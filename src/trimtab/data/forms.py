@@ -384,8 +384,10 @@ def _no_form(table: Table) -> UserError:
     ]
     if len(pair) == 2:
         fix = f'columns={{"prompt": {pair[0]!r}, "completion": {pair[1]!r}}}'.replace("'", '"')
+        fix += f", on the command line --columns prompt={pair[0]},completion={pair[1]}"
     else:
         fix = 'name the columns, e.g. columns={"prompt": "...", "completion": "..."}'
+        fix += ", on the command line --columns prompt=...,completion=..."
     if table.kind in ("csv", "tsv"):
         fix += "; if the first line is data already, read with header=False"
     if {"chosen", "rejected"} & set(table.columns):

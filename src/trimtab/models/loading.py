@@ -7,6 +7,7 @@ What is wrong with a model directory is said before any weight is read; what tra
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -147,6 +148,35 @@ def writing_task(source: str | Path) -> str:
     return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
 
 
+def outline(source: str | Path, *, progress: Callable[[str], None] | None = None) -> nn.Module:
+    """The model of `source` on the meta device, from its `config.json` alone: every shape, no weight.
+
+    Its class is the one that `load` would take: one that writes where the architecture does, else a classifier.
+    """
+    from transformers import AutoModel
+
+    location, directory = _locate(source, progress)
+    if directory is not None:
+        _refuse(f"model {directory}", _config_problems(directory))
+    with quiet_transformers():
+        config = _config(location, source, hub=directory is None)
+        loader = AutoModel
+        writes = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+        for task in (writes, "classify"):
+            try:
+                _check_task(config, source, task)
+            except UserError:
+                continue
+            loader = getattr(importlib.import_module("transformers"), TASKS[task][0])
+            break
+        try:
+            with torch.device("meta"):
+                model: nn.Module = loader.from_config(config).eval()
+        except Exception as error:
+            raise _not_loadable(source, "architecture", error) from error
+    return model
+
+
 def check_directory(directory: str | Path, *, task: str = "causal") -> None:
     """Raises one `UserError` naming everything that keeps `directory` from being a loadable model."""
     directory = Path(directory)
@@ -157,7 +187,7 @@ def check_directory(directory: str | Path, *, task: str = "causal") -> None:
             f"model {directory}: this is an adapter (adapter_config.json), not a model",
             fix="load its base model, then load the adapter onto it",
         )
-    problems = [*_config_problems(directory), *_weights(directory, task)[1], *_tokenizer_problems(directory)]
+    problems = [*_config_problems(directory), *_weights(directory, task)[1], *tokenizer_problems(directory)]
     if directory.name in starters() and any("no config.json" in what for what, _ in problems):
         problems.append((f"it hides the starter {directory.name}", "rename the directory to get the starter"))
     _refuse(f"model {directory}", problems)
@@ -393,7 +423,8 @@ def _damage(file: Path) -> str:
     return ""
 
 
-def _tokenizer_problems(directory: Path) -> list[_Problem]:
+def tokenizer_problems(directory: Path) -> list[_Problem]:
+    """What keeps the tokenizer of a model directory from loading, each with its fix."""
     names = {file.name for file in directory.iterdir()}
     if names.intersection(_TOKENIZER_FILES) or any(name.endswith(_TOKENIZER_ENDINGS) for name in names):
         return []

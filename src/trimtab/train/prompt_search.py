@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.delta import Delta, check_names, require_state
+from trimtab.core.delta import check_names, require_state
 from trimtab.core.errors import UserError
 from trimtab.core.install import frozen_base
 from trimtab.core.method import Method

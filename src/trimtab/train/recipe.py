@@ -176,7 +176,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     settings = set(method_settings(str(values.get("method") or "lora")))
     taken: dict[str, Any] = {}
     extra: dict[str, Any] = dict(values.get("settings") or {})
-    problems: list[str] = []
+    problems = said_twice(values)
     for key, value in values.items():
         name = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
         if name == "settings" or value is None:
@@ -204,6 +204,16 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     if problems:
         raise UserError("recipe: " + "; ".join(problems), fix="trimtab tune --help lists every key")
     return Recipe(**taken)
+
+
+def said_twice(values: Mapping[str, Any]) -> list[str]:
+    """Keys that are one and the same under two names, such as `lr` and `learning_rate`."""
+    spelled: dict[str, list[str]] = {}
+    for key, value in values.items():
+        plain = str(key).replace("-", "_")
+        if value is not None:
+            spelled.setdefault(ALIASES.get(plain, plain), []).append(repr(key))
+    return [f"{listing(keys)} are the same key" for keys in spelled.values() if len(keys) > 1]
 
 
 def converted(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:

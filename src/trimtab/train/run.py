@@ -25,7 +25,8 @@ from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
 from trimtab.core.settle import settle
 from trimtab.data.batches import batches, collate
-from trimtab.data.encode import Encoded, EncodedSet, encode_all, labels_of
+from trimtab.data.cache import encode_cached
+from trimtab.data.encode import Encoded, EncodedSet, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
@@ -37,6 +38,7 @@ from trimtab.engine.shifted_attention import can_shift, group_for
 from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint, writing_task
 from trimtab.models.loading import load as load_model
+from trimtab.models.starters import home
 from trimtab.train import checkpoint, rundir
 from trimtab.train.interrupt import Interrupt, Stopped
 from trimtab.train.prompt_search import is_searched, search, wording
@@ -159,8 +161,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
             activate(job.model, None)
             record["before"] = job.measure()
             activate(job.model, "default")
-            rundir.write_recipe(job.directory, recipe)
-            rundir.write_record(job.directory, record)
+            rundir.write_start(job.directory, recipe, record)
         tell.evaluated("before", record["before"])
 
         searched = any(is_searched(delta.method) for delta in job.model.modules() if isinstance(delta, Delta))
@@ -175,7 +176,6 @@ def carry_out(job: Job, tell: Reporter) -> Result:
     save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)
     heldout = [(0, record["before"]["loss"])]
     heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
-    rundir.plot_loss(job.directory, metrics, [*heldout, (record["kept_step"], record["after"]["loss"])])
     seconds, rows = metrics[-1]["seconds"], metrics[-1]["rows"]
     record |= {
         "status": "finished",
@@ -185,6 +185,10 @@ def carry_out(job: Job, tell: Reporter) -> Result:
     }
     rundir.write_record(job.directory, record)
     checkpoint.clear(job.directory)
+    try:
+        rundir.plot_loss(job.directory, metrics, [*heldout, (record["kept_step"], record["after"]["loss"])])
+    except UserError as error:
+        tell.note(f"the run is complete, but without its plot: {error.message}")
     result = Result(
         directory=job.directory,
         before=record["before"],
@@ -319,8 +323,11 @@ def out_of_patience(recipe: Recipe, step: int, best_step: int) -> bool:
     )
 
 
-def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Job:
-    """Read the data, load the model, attach the method: everything that can be refused is refused here."""
+def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, loaded: Loaded | None = None) -> Job:
+    """Read the data, load the model, attach the method: everything that can be refused is refused here.
+
+    `loaded` is the recipe's model where it is in memory already, with nothing attached to it.
+    """
     method = build_method(recipe)
     recipe = with_preset(recipe, method)
     names_in(recipe.track)
@@ -340,15 +347,16 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None) -> Jo
 
     tell.stage("loading model")
     labels = label_names(train_examples) if task == "classify" else None
-    loaded = load_model(
-        recipe.model,
-        task=task,
-        labels=labels,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        head_seed=recipe.seed,
-        context=recipe.context,
-    )
+    if loaded is None:
+        loaded = load_model(
+            recipe.model,
+            task=task,
+            labels=labels,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            head_seed=recipe.seed,
+            context=recipe.context,
+        )
     model = loaded.model
     parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules)]
     reserved = sum(part.method.virtual_tokens for part in parts if isinstance(part.method, InputMethod))
@@ -459,7 +467,10 @@ def parts_of(recipe: Recipe, found: Sequence[Example]) -> tuple[list[Example], l
     try:
         amount = int(asked) if asked.isdigit() else float(asked)
     except ValueError:
-        raise UserError(f"heldout: {asked!r} is no file, share or number of rows", fix="0.1, or 200") from None
+        what = "no such file" if Path(asked).suffix else "no file, share or number of rows"
+        raise UserError(
+            f"heldout: {asked!r} is {what}", fix="a file of rows, a share (0.1) or a number (200)"
+        ) from None
     train, heldout = split(list(found), amount, recipe.seed)
     return take(train, recipe.limit, recipe.seed), heldout
 
@@ -480,9 +491,11 @@ def encoded(
     settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
     if loaded.task == "seq2seq":
         settings["decoder_start"] = loaded.model.config.decoder_start_token_id
-    train_rows = encode_all(train, loaded.tokenizer, truncation=recipe.truncation, **settings)  # type: ignore[arg-type]
+    kept = home() / "tokens"
+    train_rows = encode_cached(train, loaded.tokenizer, settings | {"truncation": recipe.truncation}, kept)
     policy = recipe.truncation if recipe.truncation in ("error", "split") else "right"
-    return train_rows, encode_all(heldout, loaded.tokenizer, truncation=policy, labels=train_rows.labels, **settings)  # type: ignore[arg-type]
+    settings |= {"truncation": policy, "labels": train_rows.labels}
+    return train_rows, encode_cached(heldout, loaded.tokenizer, settings, kept)
 
 
 def placed_parts(method: Any, where: str | None, new_modules: Sequence[str]) -> list[Placed]:

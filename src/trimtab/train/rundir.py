@@ -130,22 +130,31 @@ def new_directory(recipe: Recipe) -> Path:
                 f"output: {target} " + ("is an unfinished run" if stopped else "exists and is not an empty directory"),
                 fix=fix if stopped else "choose another --output",
             )
-        return target
+        return writable(target)
     stem = f"{Path(recipe.model).name}-{recipe.method}".lower()
     number = 1
     while (Path("runs") / f"{stem}-{number}").exists():
         number += 1
-    return Path("runs") / f"{stem}-{number}"
+    return writable(Path("runs") / f"{stem}-{number}")
 
 
-def write_recipe(directory: Path, recipe: Recipe) -> None:
-    """The resolved recipe as YAML, every field written out."""
+def writable(target: Path) -> Path:
+    """A directory that can be made and written to: said before any work is done."""
+    above = next(one for one in (target, *target.absolute().parents) if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "cannot be written to" if above.is_dir() else "is a file"
+        raise UserError(f"output: {target} cannot be made: {above} {what}", fix="choose another --output")
+    return target
+
+
+def write_start(directory: Path, recipe: Recipe, record: Mapping[str, Any]) -> None:
+    """The resolved recipe as YAML, every field written out, and the first `run.json`: both or none."""
     import yaml
 
     values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(recipe).items()}
     order = [one.name for one in dataclasses.fields(Recipe)]
     text = yaml.safe_dump({key: values[key] for key in order}, sort_keys=False, allow_unicode=True)
-    write_together(directory, {RECIPE: text.encode()})
+    write_together(directory, {RECIPE: text.encode(), RECORD: as_json(record)})
 
 
 def cut_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
@@ -161,7 +170,12 @@ def cut_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """`run.json`, replaced as a whole."""
-    write_together(directory, {RECORD: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()})
+    write_together(directory, {RECORD: as_json(record)})
+
+
+def as_json(record: Mapping[str, Any]) -> bytes:
+    """A record as the bytes of its file."""
+    return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,465 @@
+"""The quality of every registered method at one budget: SST-2 or MRPC on MiniLM-L6, E2E on SmolLM2-135M-Instruct.
+
+    python benchmarks/methods.py --data DIR [--task sst2|mrpc|e2e ...] [--methods GLOB ...] [--minutes N]
+
+DIR holds `glue/SST-2`, `glue/MRPC` and `e2e`. Every method and preset of the registry trains once over the same rows,
+at its default sites and settings, at each of `--rates` times its default learning rate; the rate of the lowest loss on
+rows split off the training file is kept and trained again with a second seed. Test rows choose nothing. References: the
+model untuned, a trained head alone, and full fine-tuning. Memory is the process's own peak during each run.
+
+A finished run is a line of `benchmarks/results/methods/<task>.jsonl`: started again, the benchmark goes on behind the
+last one, and several processes may share the file, each with other `--methods`. `<task>.json` has the table with its
+conditions, `<task>.md` the same to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trimtab as tt
+from trimtab.catalog import attachable, describe, entries, parts_of
+from trimtab.core.registry import to_json
+from trimtab.data.encode import EncodedSet, encode_all, labels_of
+from trimtab.data.forms import Labelled, PromptCompletion, detect, examples, split, take
+from trimtab.data.reading import read
+from trimtab.models.loading import Loaded, load
+from trimtab.models.starters import quiet_transformers
+from trimtab.train.recipe import recipe_from
+from trimtab.train.reporter import Reporter
+from trimtab.train.run import Job, prepare, train, width_of
+from trimtab.train.rundir import peak_memory, versions
+
+RESULTS = Path(__file__).parent / "results" / "methods"
+SEEDS = (0, 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows and budget of one task."""
+
+    model: str
+    train: str
+    test: str
+    columns: Mapping[str, str]
+    measure: str
+    """What the table shows: `accuracy`, or `loss` per token."""
+    head: str
+    """Where the output layer is."""
+    rows: int
+    chosen_on: int
+    """Rows split off the training file to choose the learning rate on."""
+    tested_on: int | None
+    batch_size: int
+
+    @property
+    def causal(self) -> bool:
+        return self.measure == "loss"
+
+
+TASKS = {
+    "sst2": Task(
+        *("minilm-l6", "glue/SST-2/train.tsv", "glue/SST-2/dev.tsv", {"text": "sentence", "label": "label"}),
+        *("accuracy", "classifier", 640, 160, None, 16),
+    ),
+    "mrpc": Task(
+        *("minilm-l6", "glue/MRPC/train.tsv", "glue/MRPC/msr_paraphrase_test.txt"),
+        *({"text": "#1 String", "pair": "#2 String", "label": "Quality"}, "accuracy", "classifier", 640, 160, 800, 16),
+    ),
+    "e2e": Task(
+        *("smollm2-135m-instruct", "e2e/trainset.csv.gz", "e2e/testset_w_refs.csv"),
+        *({"prompt": "mr", "completion": "ref"}, "loss", "head", 96, 16, 48, 8),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is compared: a name, the recipe keys it stands for, and where its learning rates lie."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    made: Any
+    """The method, or the parts of a preset: only to know the rate and to name the run."""
+    kind: str = "method"
+    factor: float = 1.0
+    """On that rate: a small head alone wants a larger one."""
+
+    def rate(self, width: int) -> float:
+        return float(parts_of(self.made)[0][0].rate(width)) * self.factor
+
+
+def compared(task: Task, globs: Sequence[str]) -> list[Entry]:
+    """The references, and every method and preset of the registry that a glob names; equal ones once."""
+    lora = attachable("lora", "methods")
+    found = [
+        Entry("untuned", {"method": "lora"}, lora, "reference"),
+        Entry("head only", {"method": "lora"}, lora, "reference", 1.0 if task.causal else 10.0),
+        Entry("full fine-tuning", {"method": "full", "where": "all"}, attachable("full", "methods"), "reference"),
+    ]
+    seen: list[Any] = []
+    for name, kind in entries():
+        if kind not in ("methods", "presets"):
+            continue
+        made = attachable(name, kind)
+        if made in seen:
+            continue
+        seen.append(made)
+        quantize = "quantize" in describe(name, kind)["needs"]
+        recipe = {"method": name} | ({"quantize": "nf4"} if quantize else {})
+        found.append(Entry(name, recipe, made, kind.removesuffix("s")))
+    return [one for one in found if any(fnmatchcase(one.name, glob) for glob in globs)]
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def write_rows(task: Task, data: Path, folder: Path) -> dict[str, Path]:
+    """The training, selection and test rows as files, the same every time; no prompt is on two sides."""
+    paths = {}
+    table = read(data / task.train)
+    own = examples(table, detect(table, task.columns))
+    train_rows, chosen_on = split(take(own, 4 * (task.rows + task.chosen_on), 0), task.chosen_on, 0)
+    table = read(data / task.test, kind="tsv" if task.test.endswith(".txt") else None)
+    tests = examples(table, detect(table, task.columns))
+    if task.causal:
+        tests = list({row.prompt_key(): row for row in tests}.values())
+    parts = {"train": take(train_rows, task.rows, 0), "choose": chosen_on, "test": take(tests, task.tested_on, 0)}
+    for name, rows in parts.items():
+        paths[name] = folder / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(plain(row)) + "\n" for row in rows), encoding="utf-8")
+    return paths
+
+
+def plain(row: Any) -> dict[str, Any]:
+    """A row as the recipe reads it."""
+    if isinstance(row, Labelled):
+        pair = {} if row.pair is None else {"pair": row.pair}
+        return {"text": row.text, **pair, "label": str(row.label)}
+    assert isinstance(row, PromptCompletion)
+    return {"prompt": row.prompt, "completion": row.completion}
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+class Bench:
+    """One task: its rows, its model in memory, and the runs that are on file."""
+
+    def __init__(self, name: str, task: Task, data: Path, folder: Path) -> None:
+        self.name, self.task, self.folder = name, task, folder
+        self.paths = write_rows(task, data, folder)
+        contents = [path.read_bytes() for path in self.paths.values()]
+        self.rows = hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
+        self.log = RESULTS / f"{name}.jsonl"
+        self.loaded: dict[int, tuple[Loaded, float]] = {}
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """The finished runs by key; a line that a kill cut short is passed over."""
+        found = {}
+        for line in self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []:
+            try:
+                run = json.loads(line)
+                found[run["key"]] = run
+            except (ValueError, KeyError):
+                continue
+        return found
+
+    def key(self, entry: Entry, factor: float, seed: int) -> str:
+        """What makes a run this run: rows, budget, method with its settings, rate and seed."""
+        about = [asdict(self.task), self.rows, entry.name, dict(entry.recipe), to_json(entry.made), entry.factor]
+        about += [factor, seed]
+        return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
+
+    def model(self, seed: int) -> Loaded:
+        """The model with the head of a seed, loaded once; loaded again if a run has left something behind."""
+        known = self.loaded.get(seed)
+        if known is not None and bits(known[0].model) != known[1]:
+            raise SystemExit(f"a run changed the frozen weights of {self.task.model}")
+        if known is None:
+            self.loaded.clear()
+            gc.collect()
+            rows = read(self.paths["train"])
+            task = "causal" if self.task.causal else "classify"
+            names = None if self.task.causal else [str(one) for one in labels_of(examples(rows, detect(rows, None)))]  # type: ignore[arg-type]
+            with quiet_transformers():
+                made = load(self.task.model, task=task, labels=names, dtype="float32", device="cpu", head_seed=seed)
+            known = self.loaded[seed] = (made, bits(made.model))
+        return known[0]
+
+    def job(self, entry: Entry, rate: float | None, seed: int) -> Job:
+        """A run, prepared."""
+        recipe = recipe_from(
+            {
+                **entry.recipe,
+                "model": self.task.model,
+                "data": str(self.paths["train"]),
+                "heldout": str(self.paths["choose"]),
+                "batch_size": self.task.batch_size,
+                "learning_rate": rate,
+                "save_every": 0,
+                "seed": seed,
+                "threads": torch.get_num_threads(),
+                "truncation": "right",
+            }
+        )
+        job = prepare(recipe, Reporter(), Path(tempfile.mkdtemp(dir=self.folder)), loaded=self.model(seed))
+        if entry.name != "head only":
+            return job
+        tt.detach(job.model)
+        tt.attach(job.model, tt.Full(), self.task.head, seed=seed)
+        return replace(job, seam=None, packing="off") if self.task.causal else job
+
+    def run(self, entry: Entry, factor: float, seed: int, best: float) -> dict[str, Any]:
+        """Train and measure; the test rows only where the loss on the selection rows is below `best`."""
+        began = time.perf_counter()
+        reset_peak()
+        found: dict[str, Any] = {"key": self.key(entry, factor, seed), "name": entry.name, "kind": entry.kind}
+        found |= {"factor": factor, "seed": seed}
+        clean = False
+        try:
+            loaded = self.model(seed)
+            rate = entry.rate(width_of(loaded.model)) * factor
+            job = self.job(entry, rate, seed)
+            found |= {"rate": rate, "sites": sum(part["sites"] for part in job.record["method"]), "where": place(job)}
+            found["trainable"] = sum(one.numel() for one in job.model.parameters() if one.requires_grad)
+            found["total"] = sum(one.numel() for one in loaded.model.parameters()) - found["trainable"]
+            with job.running():
+                if entry.name == "untuned":
+                    tt.activate(job.model, None)
+                else:
+                    lines = train(job, Reporter())
+                    found |= {"steps": len(lines), "last_loss": lines[-1]["loss"], "seconds": lines[-1]["seconds"]}
+                found["choose"] = job.measure()
+                if found["choose"]["loss"] < best:
+                    found["test"] = replace(job, heldout_rows=self.tests(job)).measure()
+            tt.detach(job.model).eval()
+            clean = not job.recipe.quantize
+        except tt.UserError as problem:
+            found["problem"] = problem.message
+        except Exception as fault:
+            found["problem"] = f"{type(fault).__name__}: {fault}"
+        if not clean:
+            self.loaded.pop(seed, None)
+        found |= {"peak_bytes": peak(), "total_seconds": round(time.perf_counter() - began, 2)}
+        return found
+
+    def tests(self, job: Job) -> EncodedSet:
+        """The test rows as token ids, with the labels of the training rows."""
+        table = read(self.paths["test"])
+        rows = examples(table, detect(table, None))
+        tokenizer = self.loaded[job.recipe.seed][0].tokenizer
+        return encode_all(rows, tokenizer, max_length=512, truncation="right", labels=job.train_rows.labels)
+
+    def write(self, run: Mapping[str, Any]) -> None:
+        """One line, whole, at the end of the file."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a", encoding="utf-8") as out:
+            out.write(json.dumps(run) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def place(job: Job) -> str:
+    """Where the method went."""
+    return ", ".join(part["where"] for part in job.record["method"])
+
+
+def bits(model: torch.nn.Module) -> float:
+    """A number that changes when a weight does."""
+    return float(sum(one.detach().double().sum() for one in model.parameters()))
+
+
+def reset_peak() -> None:
+    """Begin the process's peak memory anew, where the system can."""
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak() -> int | None:
+    """Peak resident bytes since `reset_peak`, or of the whole process where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return peak_memory()
+
+
+def plan(
+    entry: Entry, factors: Sequence[float], known: Mapping[float, Mapping[str, Any]]
+) -> Iterator[tuple[float, int]]:
+    """The runs of one entry in order: every rate with the first seed, then the best of them with the second."""
+    if entry.name == "untuned":
+        factors = [1.0]
+    yield from ((factor, SEEDS[0]) for factor in factors)
+    kept = chosen(known)
+    if kept is not None:
+        yield kept["factor"], SEEDS[1]
+
+
+def chosen(runs: Mapping[float, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of the runs by rate, the one with the lowest loss on the selection rows."""
+    sound = [run for run in runs.values() if "problem" not in run and run["choose"]["loss"] == run["choose"]["loss"]]
+    return min(sound, key=lambda run: float(run["choose"]["loss"]), default=None)
+
+
+def carry_out(bench: Bench, listed: Sequence[Entry], factors: Sequence[float], until: float) -> bool:
+    """All runs that are not on file yet, while there is time; whether there was time for all."""
+    known, longest = bench.done(), 0.0
+    factors = sorted(factors, key=lambda factor: abs(factor - 1))
+    for entry in listed:
+        first: dict[float, Mapping[str, Any]] = {}
+        for factor, seed in plan(entry, factors, first):
+            key = bench.key(entry, factor, seed)
+            run = known.get(key)
+            if run is None:
+                if time.monotonic() + longest > until:
+                    return False
+                rival = chosen(first) if seed == SEEDS[0] else None
+                run = bench.run(entry, factor, seed, rival["choose"]["loss"] if rival else float("inf"))
+                bench.write(run)
+                longest = max(longest, run["total_seconds"])
+                told = run.get("problem") or {name: run[name] for name in ("rate", "choose", "test") if name in run}
+                print(f"{bench.name} {entry.name} x{factor:g} seed {seed}: {told} {run['total_seconds']} s", flush=True)
+            if seed == SEEDS[0]:
+                first[factor] = run
+    return True
+
+
+# --------------------------------------------------------------------------------------------------- table
+
+
+def table(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> list[dict[str, Any]]:
+    """A row for every entry that has runs on file: scores of both seeds, their mean, what it cost."""
+    known, task = bench.done(), bench.task
+    rows = []
+    for entry in listed:
+        tried = [1.0] if entry.name == "untuned" else factors
+        first = {factor: known[key] for factor in tried if (key := bench.key(entry, factor, SEEDS[0])) in known}
+        if not first:
+            continue
+        kept = chosen(first)
+        row: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "rates_tried": sorted(first)}
+        if kept is None:
+            rows.append(row | {"problem": next(iter(first.values())).get("problem")})
+            continue
+        second = known.get(bench.key(entry, kept["factor"], SEEDS[1]))
+        runs = [kept, *([second] if second and "test" in second else [])]
+        scores = [run["test"][task.measure] for run in runs]
+        row |= {"where": kept["where"], "rate": kept["rate"], "factor": kept["factor"], "scores": scores}
+        row |= {"mean": sum(scores) / len(scores), "trainable": kept["trainable"], "total": kept["total"]}
+        row |= {"seconds": kept.get("seconds"), "peak_bytes": max(run["peak_bytes"] or 0 for run in runs)}
+        row["edge"] = len(factors) > 1 and kept["factor"] in (min(factors), max(factors))
+        rows.append(row)
+    head = next((row for row in rows if row["name"] == "head only" and "scores" in row), None)
+    for row in rows:
+        if head is not None and "scores" in row and row["kind"] != "reference":
+            whole = len(row["scores"]) == len(head["scores"]) == len(SEEDS)
+            row["beats_head"] = beats(row["scores"], head["scores"], higher=not task.causal) if whole else None
+    return rows
+
+
+def beats(scores: Sequence[float], others: Sequence[float], higher: bool) -> bool:
+    """Whether the worse seed is better than the better seed of the others."""
+    sign = 1 if higher else -1
+    return min(sign * one for one in scores) > max(sign * one for one in others)
+
+
+def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]) -> str:
+    """The table to read, best first, references on top."""
+    task, higher = bench.task, not bench.task.causal
+    scored = [row for row in rows if "scores" in row]
+    order = sorted(scored, key=lambda row: (row["kind"] != "reference", -row["mean"] if higher else row["mean"]))
+    lines = [
+        f"# {bench.name} on {task.model}",
+        "",
+        f"{task.rows} training rows, one epoch in batches of {task.batch_size}; {task.measure} on "
+        f"{conditions['test_rows']} test rows, seeds {SEEDS[0]} and {SEEDS[1]}. The learning rate is the one of the "
+        f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default. "
+        f"{conditions['machine']}, {conditions['threads']} thread, torch {conditions['versions']['torch']}, float32. "
+        "Written by `benchmarks/methods.py`.",
+        "",
+        f"| method | {task.measure}, mean | seed 0 | seed 1 | learning rate | trained | share | time | peak | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in order:
+        second = f"{row['scores'][1]:.4f}" if len(row["scores"]) > 1 else "-"
+        remarks = ["not clearly better than the head alone"] if row.get("beats_head") is False else []
+        remarks += ["one seed only"] if len(row["scores"]) < len(SEEDS) else []
+        remarks += ["best at the edge of the rates"] if row["edge"] and row["kind"] != "reference" else []
+        time_taken = "-" if row["seconds"] is None else f"{row['seconds']:.1f} s"
+        untuned = row["name"] == "untuned"
+        cost = ["-", "-", "-"]
+        if not untuned:
+            cost = [f"{row['rate']:.1e} (x{row['factor']:g})", f"{row['trainable']:,}"]
+            cost.append(f"{row['trainable'] / row['total']:.2%}")
+        cells = [row["name"], f"{row['mean']:.4f}", f"{row['scores'][0]:.4f}", second, *cost, time_taken]
+        lines.append("| " + " | ".join([*cells, f"{row['peak_bytes'] / 1e9:.2f} GB", "; ".join(remarks)]) + " |")
+    lost = [f"- {row['name']}: {row['problem']}" for row in rows if "problem" in row]
+    return "\n".join([*lines, *(["", "Without a score:", "", *lost] if lost else [])]) + "\n"
+
+
+def publish(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> None:
+    """Write the table and its conditions from the runs on file."""
+    rows = table(bench, listed, factors)
+    conditions = {
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "precision": "float32",
+        "seeds": list(SEEDS),
+        "rates": sorted(factors),
+        "rows_sha256": bench.rows,
+        "test_rows": len(read(bench.paths["test"]).rows),
+        "task": asdict(bench.task),
+        "note": "the models are trimtab's starters; SmolLM2 is dequantized from Q4_1, not the original",
+    }
+    found = {"conditions": conditions, "rows": rows}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{bench.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{bench.name}.md").write_text(markdown(bench, rows, conditions), encoding="utf-8")
+
+
+def main() -> None:
+    """Run what was asked for, as far as the time goes, and write the tables of everything on file."""
+    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader.add_argument("--data", type=Path, required=True)
+    reader.add_argument("--task", nargs="+", choices=list(TASKS), default=["sst2", "e2e"])
+    reader.add_argument("--methods", nargs="+", default=["*"], metavar="GLOB")
+    reader.add_argument("--rates", type=float, nargs="+", default=[0.3, 1.0, 3.0], help="times the default")
+    reader.add_argument("--minutes", type=float, default=60.0, help="for all tasks together")
+    reader.add_argument("--rows", type=int, help="training rows, in place of the task's own")
+    asked = reader.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    until = time.monotonic() + 60 * asked.minutes
+    complete = True
+    for name in asked.task:
+        task = replace(TASKS[name], rows=asked.rows) if asked.rows else TASKS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(name, task, asked.data, Path(folder))
+            complete &= carry_out(bench, compared(task, asked.methods), asked.rates, until)
+            publish(bench, compared(task, ["*"]), asked.rates)
+            print((RESULTS / f"{name}.md").read_text(encoding="utf-8"))
+    if not complete:
+        sys.exit("the time is over; start again to go on")
+
+
+if __name__ == "__main__":
+    main()
