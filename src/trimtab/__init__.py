@@ -33,6 +33,8 @@ _HOME = {
     "Site": "core.site",
     "Base": "core.site",
     "Format": "core.format",
+    "Transform": "core.transform",
+    "Optimizer": "core.optimizer",
     "Start": "core.start",
     "UserError": "core.errors",
     "register": "core.registry",
@@ -62,7 +64,7 @@ def __getattr__(name: str) -> Any:
         from trimtab.core.registry import find
 
         presets = importlib.import_module("trimtab.presets")
-        for kind in ("start", "presets", "methods", "storage"):
+        for kind in ("start", "presets", "methods", "storage", "optim", "active"):
             try:
                 return getattr(presets, name) if kind == "presets" else find(name, kind)
             except (UserError, AttributeError):
