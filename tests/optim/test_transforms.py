@@ -20,6 +20,8 @@ from trimtab.core.transform import Transform, flat
 
 ORACLES = Path(__file__).parent.parent / "oracles" / "optim"
 SMALL: dict[str, dict[str, Any]] = {
+    "adam8": {"block_size": 8, "smallest": 8},
+    "paged": {"smallest": 8},
     "chain": {"parts": ("clip", "adafactor", "relative")},
 }
 """Settings that show something on tensors of a few entries."""
