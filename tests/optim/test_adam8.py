@@ -85,7 +85,7 @@ def test_the_codes_of_its_moments_are_bitsandbytes() -> None:
                 moment.add_(torch.tensor(term), alpha=1 - beta)
             else:
                 moment.addcmul_(torch.tensor(g), torch.tensor(g), value=1 - beta)
-            # the operator's reference implementation: the CPU kernel rounds to a grid of 65,536 steps before it looks up
+            # the operator's reference implementation: the CPU kernel rounds to a grid of 65,536 steps first
             operator = torch.ops.bitsandbytes.quantize_blockwise.default
             key = torch._C.DispatchKey.CompositeExplicitAutograd
             codes, absmax = operator._op_dk(key, moment, code, BLOCK)
