@@ -35,6 +35,8 @@ _HOME = {
     "Format": "core.format",
     "Transform": "core.transform",
     "Optimizer": "core.optimizer",
+    "Active": "core.active",
+    "Activity": "core.active",
     "Start": "core.start",
     "UserError": "core.errors",
     "register": "core.registry",
