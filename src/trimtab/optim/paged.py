@@ -31,7 +31,7 @@ class Paged(Transform):
     paper: ClassVar[str] = "2305.14314"
 
     inner: str | Transform = "adamw"
-    folder: str | None = None
+    folder: str = ""
     smallest: int = 100_000
 
     @property
@@ -64,7 +64,7 @@ class Paged(Transform):
         """A tensor of the same values in pinned memory, or in a file."""
         if value.is_meta:
             return value
-        if value.is_cuda and self.folder is None:
+        if value.is_cuda and not self.folder:
             return value.cpu().pin_memory()
         return in_a_file(value, self.folder or tempfile.gettempdir())
 
