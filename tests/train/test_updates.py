@@ -56,6 +56,7 @@ class At(Reporter):
 
 
 POINTS: dict[str, dict[str, Any]] = {
+    "transposed": {"where": "embed, all-linear"},  # an embedding's V lies in memory the other way round
     "galore": {"optimizer": {"name": "galore", "rank": 4, "gap": 3}, "accumulation": 2},
     "apollo": {"optimizer": {"apollo": {"rank": 4, "gap": 3}}, "checkpointing": "block", "packing": "off"},
     "adam8": {"optimizer": {"name": "paged", "inner": {"name": "adam8", "smallest": 1}, "smallest": 1}},
