@@ -35,6 +35,10 @@ _HOME = {
     "Site": "core.site",
     "Base": "core.site",
     "Format": "core.format",
+    "Transform": "core.transform",
+    "Optimizer": "core.optimizer",
+    "Active": "core.active",
+    "Activity": "core.active",
     "Start": "core.start",
     "UserError": "core.errors",
     "register": "core.registry",
@@ -67,7 +71,7 @@ def __getattr__(name: str) -> Any:
         from trimtab.core.registry import find
 
         presets = importlib.import_module("trimtab.presets")
-        for kind in ("start", "presets", "methods", "storage"):
+        for kind in ("start", "presets", "methods", "storage", "optim", "active"):
             try:
                 return getattr(presets, name) if kind == "presets" else find(name, kind)
             except (UserError, AttributeError):

@@ -103,12 +103,21 @@ def restore(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimize
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    lay_out_alike(optimizer)
     for device, known in part(saved.tensors, "random").items():
         if device == "cpu":
             torch.set_rng_state(known)
         elif torch.cuda.is_available():
             torch.cuda.set_rng_state(known, int(device.removeprefix("cuda")))
     return part(saved.tensors, "best")
+
+
+def lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Give state the strides of its parameter: torch's fused kernels pair entries by their place in memory."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

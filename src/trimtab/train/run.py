@@ -45,6 +45,7 @@ from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
+from trimtab.train.updates import Point, Updates, refuse, rule_of, schedule_of
 
 MEASURED_ROWS = 256
 SECONDS_BETWEEN = 60.0
@@ -211,9 +212,9 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     lowest held-out loss is what remains at the end.
     """
     recipe, model = job.recipe, job.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     deltas = [module for module in model.modules() if isinstance(module, Delta)]
-    optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=recipe.weight_decay, fused=True)
+    update = Updates(recipe, model, job.rate)
+    optimizer = update.optimizer
     rows_per_step = recipe.batch_size * recipe.accumulation
     step, counters = 0, dict[str, Any](rows=0, seconds=0.0, best_loss=math.inf, best_step=0, last_losses=[])
     best: dict[str, torch.Tensor] = {}
@@ -237,18 +238,18 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
             for rows in order[step % job.steps_per_epoch :][: job.steps - step]:
                 micro = [job.batch(rows[i : i + recipe.batch_size]) for i in range(0, len(rows), recipe.batch_size)]
                 terms = sum(terms_of(batch) for batch in micro)
-                loss = 0.0
-                for batch in micro:
-                    summed, _ = loss_sum(model, batch, job.task)
-                    (summed / terms).backward()
-                    loss += float(summed.detach()) / terms
-                    del summed  # its graph knows the trained tensors in their old shape, which `settle` may change
-                add_penalties(deltas)
+                update.begin(step, job.rate * factor_at(step, job.steps, recipe))
+                for _ in update.passes():
+                    loss = 0.0
+                    for batch in micro:
+                        summed, _ = loss_sum(model, batch, job.task)
+                        (summed / terms).backward()
+                        loss += float(summed.detach()) / terms
+                        del summed  # its graph knows the trained tensors in their old shape, which `settle` may change
+                    add_penalties(deltas)
 
-                norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf))
+                norm = update.clip()
                 refuse_divergence(job, step, loss, norm, counters["last_losses"], rows)
-                for group in optimizer.param_groups:
-                    group["lr"] = job.rate * factor_at(step, job.steps, recipe)
                 optimizer.step()
                 step += 1
                 settle(model, step, partial(job.measure_again, step=step))
@@ -294,6 +295,7 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                     break
             if out_of_patience(recipe, step, counters["best_step"]):
                 break
+    update.close()
     for tracker in trackers:
         tracker.close()
     if best:
@@ -328,7 +330,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
 
     `loaded` is the recipe's model where it is in memory already, with nothing attached to it.
     """
-    method = build_method(recipe)
+    method, rule, schedule = build_method(recipe), rule_of(recipe), schedule_of(recipe)
     recipe = with_preset(recipe, method)
     names_in(recipe.track)
     directory = rundir.new_directory(recipe) if directory is None else directory
@@ -381,7 +383,9 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
     attached = require_state(model, "tune").adapters["default"].parts
     for part in attached:
         tell.note(f"{type(part.method).__name__} at {len(part.places)} sites ({part.where})")
-    rate = recipe.learning_rate if recipe.learning_rate is not None else parts[0].method.rate(width_of(model))
+    refuse(Point(recipe, rule, schedule, [part.method for part in attached], model))
+    natural = float(f"{parts[0].method.rate(width_of(model)) * rule.relative_rate:.2g}")
+    rate = recipe.learning_rate if recipe.learning_rate is not None else natural
     tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {rate:g}")
     longest = max(len(row.ids) for part_rows in (train_rows, heldout_rows) for row in part_rows)
     labelled = task in ("classify", "regress") and recipe.packing != "off"
@@ -419,6 +423,8 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
         "method": [
             {"method": to_json(part.method), "where": part.where, "sites": len(part.places)} for part in attached
         ],
+        "optimizer": to_json(rule),
+        "active": to_json(schedule),
         "learning_rate": rate,
         "steps": steps,
         "packing": packing,
