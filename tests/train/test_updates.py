@@ -18,7 +18,7 @@ from trimtab.train.find_rate import find_rate
 from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter
 from trimtab.train.run import resume, tune
-from trimtab.train.rundir import open_run, write_recipe
+from trimtab.train.rundir import open_run, write_start
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_every_way_to_say_it_means_the_same(tmp_path: Path) -> None:
     ]
     made = [recipe_from({**base, **way}) for way in ways]
     assert {updates.rule_of(one) for one in made} == {tt.GaLore(rank=7)}
-    write_recipe(tmp_path, made[1])
+    write_start(tmp_path, made[1], {})
     import yaml
 
     assert recipe_from(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == made[1]
