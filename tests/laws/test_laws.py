@@ -22,6 +22,11 @@ ON_LANGUAGE_MODELS = {
 }
 
 
+UNREAD = {("untied", "trains_only", "bert")}
+"""What a host has no use for: BERT's classifier reads the first token only, so in the last block an edit of the last
+tokens reaches nothing and the tensors it has of its own get no gradient."""
+
+
 def oracle_of(name: str) -> Callable[..., Any] | None:
     """The function `oracle` of tests/oracles/<name>.py, or None where there is no such file."""
     path = ORACLES / f"{name}.py"
@@ -85,7 +90,7 @@ def parameters() -> list[Any]:
         pairs += [
             (law, case)
             for law, case in laws.work(method, language_models(), few, oracle)
-            if law.name in ON_LANGUAGE_MODELS[case.storage.name]
+            if law.name in ON_LANGUAGE_MODELS[case.storage.name] and (name, law.name, case.host.name) not in UNREAD
         ]
         found += [(name, law, case) for law, case in pairs]
     for name, method in points().items():

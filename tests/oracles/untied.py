@@ -1,5 +1,5 @@
-"""Untied LoReFT (arXiv 2404.03592): h + R^T (W h + b - R h), one (R, W, b) for the first positions of the prompt and
-another for the last.
+"""Untied ReFT (arXiv 2404.03592): one set of tensors for the first positions of the prompt and another for the last, in
+LoReFT h + R^T (W h + b - R h) or in DiReFT h + W2^T (W1 h + b), told by the names of the tensors.
 
 R's rows are an orthonormal basis of the rows of the trained M, by the Cholesky factor of its Gram matrix.
 """
@@ -7,7 +7,9 @@ R's rows are an orthonormal basis of the rows of the trained M, by the Cholesky 
 import numpy as np
 
 
-def loreft(v, p):
+def reft(v, p):
+    if "M" not in p:
+        return v + p["W2"].T @ (p["W1"] @ v + p["b"])
     R = np.linalg.solve(np.linalg.cholesky(p["M"] @ p["M"].T), p["M"])
     return v + R.T @ (p["W"] @ v + p["b"] - R @ v)
 
@@ -20,7 +22,7 @@ def oracle(x, W, b, p, method, context):
         n = len(places)
         for rank, place in enumerate(places):
             if rank < min(method.inner.first, n // 2):
-                y[row, place] = loreft(h[row, place], p["first"])
+                y[row, place] = reft(h[row, place], p["first"])
             elif n - rank <= min(method.inner.last, int(np.ceil(n / 2))):
-                y[row, place] = loreft(h[row, place], p["last"])
+                y[row, place] = reft(h[row, place], p["last"])
     return y
