@@ -122,9 +122,7 @@ def test_every_alias_is_known_to_the_command_line(trimtab: Run, asked: list[Reci
         value = (
             []
             if name == "checkpointing"
-            else [
-                "lora" if name == "method" else "linear" if name == "schedule" else "auto" if name == "dtype" else "1"
-            ]
+            else [{"method": "lora", "optimizer": "lion", "schedule": "linear", "dtype": "auto"}.get(name, "1")]
         )
         needed = {"model": "m", "data": "d"}
         needed.pop(name, None)

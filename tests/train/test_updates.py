@@ -178,13 +178,13 @@ def test_every_way_to_say_it_means_the_same(tmp_path: Path) -> None:
 def test_the_command_line_has_flags_for_their_settings() -> None:
     from click.testing import CliRunner
 
-    from trimtab.cli.tune import command
+    from trimtab.cli import main as program
 
-    text = CliRunner().invoke(command, ["--optimizer", "galore", "--active", "lisa", "--help"]).output
+    text = CliRunner().invoke(program.cli, ["tune", "--optimizer", "galore", "--active", "lisa", "--help"]).output
     assert "Settings of galore" in text
     assert "--optimizer-rank" in text
     assert "--active-layers" in text
-    plain = CliRunner().invoke(command, ["--help"]).output
+    plain = CliRunner().invoke(program.cli, ["tune", "--help"]).output
     assert "--optimizer " in plain
     assert "--optimizer-rank" not in plain
 
