@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import trimtab as tt
+from trimtab import laws
 from trimtab.core.delta import Delta
 from trimtab.core.site import RawBase, Site
 from trimtab.data.encode import Encoded
@@ -215,6 +216,19 @@ def test_a_dropped_layer_stays_dropped_after_loading(tmp_path: Any) -> None:
     again = tt.load(llama(), tmp_path)
     assert [bool(delta.dropped) for delta in deltas(again).values()] == [True, True, False]
     assert stepped(again, step + 1) == stepped(model, step + 1)
+
+
+def test_compiled_once_it_follows_what_is_dropped() -> None:
+    case = laws.Case(tt.AdapterDrop(inner=tt.Houlsby(bottleneck=3)), laws.zoo()[0])
+    model, inputs = case.attached().train(), case.inputs()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    outputs = []
+    for dropped in (0, 1, 0):
+        model.layer.delta["default"].dropped.fill_(dropped)
+        outputs.append(compiled(**inputs))
+        torch.testing.assert_close(outputs[-1], model(**inputs))
+    assert not torch.allclose(outputs[0], outputs[1])
 
 
 def test_pruning_takes_the_lowest_layers_off_for_good(tmp_path: Any) -> None:

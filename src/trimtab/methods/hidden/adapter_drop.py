@@ -12,7 +12,7 @@ from torch import Tensor
 from trimtab.core.errors import UserError
 from trimtab.core.method import HiddenMethod
 from trimtab.core.registry import find
-from trimtab.core.site import Base, Site
+from trimtab.core.site import Base, Known, Site
 
 NONE = 2**31
 """Layer of a site that is in none: never among the lowest."""
@@ -28,7 +28,8 @@ class AdapterDrop(HiddenMethod):
     Costs what the inner method costs, less what is dropped; not mergeable.
     arXiv 2010.11918, its robust training: afterwards `detach(model, where="attn@:5, ffn@:5")` prunes the first five
     layers for good. Its specialised training, with n fixed, is `where="attn@5:, ffn@5:"` without this. `most` is by
-    default one less than there are layers. DistributedDataParallel wants `find_unused_parameters=True`.
+    default one less than there are layers. DistributedDataParallel wants `find_unused_parameters=True`; in a compiled
+    model what is dropped is computed and left out.
     """
 
     paper: ClassVar[str] = "2010.11918"
@@ -37,7 +38,6 @@ class AdapterDrop(HiddenMethod):
     laws: ClassVar[dict[str, str]] = {
         "merge": "the inner method has none",
         "identity": "the inner method is not",
-        "compiles": "whether a site runs is read from a number that changes from step to step",
     }
 
     inner: HiddenMethod = field(default_factory=lambda: find("houlsby")())
@@ -53,7 +53,7 @@ class AdapterDrop(HiddenMethod):
         for name in ("where", "hosts", "source"):
             self.__dict__[name] = getattr(self.inner, name)
         self.__dict__["reads_batch"] = getattr(self.inner, "reads_batch", False)
-        self.__dict__["laws"] = {**self.inner.laws, "compiles": type(self).laws["compiles"]}
+        self.__dict__["laws"] = self.inner.laws
 
     def rate(self, width: int) -> float:
         return self.inner.rate(width)
@@ -89,4 +89,7 @@ class AdapterDrop(HiddenMethod):
         return self.inner.penalty(p.inner)
 
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
+        if p.training and torch.compiler.is_compiling():  # one graph serves every step, so it holds both ways
+            h = base(x)
+            return torch.where(p.dropped > 0, h, self.inner.forward(x, Known(base, None, x, h), p.inner))
         return base(x) if p.training and bool(p.dropped) else self.inner.forward(x, base, p.inner)
