@@ -85,7 +85,7 @@ def test_a_home_made_transformer(tied: bool) -> None:
     assert family_of(model) is None
     assert layers(model) == 3
     assert roles(model) == Counter(
-        qkv=3, q=3, k=3, v=3, o=3, up=3, down=3, attn=3, ffn=3, block=3, norm=7, embed=1, head=1
+        qkv=3, q=3, k=3, v=3, o=3, up=3, down=3, attn=3, ffn=3, block=3, norm=7, embed=1, head=1, attention=3
     )
     assert names(model, "q@1, o@1, attn@1") == ["blocks.1.attn.c_attn:q", "blocks.1.attn.c_proj"]
     assert names(model, "up@0, down@0") == ["blocks.0.mlp.0", "blocks.0.mlp.2"]
