@@ -65,9 +65,8 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
         group = self.heads // self.key_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        hidden = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
-        hidden = hidden.masked_fill(~allowed, torch.finfo(q.dtype).min)  # a query that sees nothing stays a number
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, hidden).transpose(1, 2).flatten(2))
+        seen = allowed | ~allowed.any(-1, keepdim=True)  # padding that would see nothing sees all, and stays a number
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

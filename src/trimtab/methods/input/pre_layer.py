@@ -24,7 +24,7 @@ class PreLayer(InputMethod):
     """
 
     paper: ClassVar[str] = "2106.09685"
-    where: ClassVar[str] = "embed, block@:-1"
+    where: ClassVar[str] = "embed, block, !block@-1"
     hosts: ClassVar[frozenset[str]] = frozenset({"embedding", "opaque"})
     learning_rate: ClassVar[float] = 5e-3  # vectors from a small start, as a direct prefix
 
