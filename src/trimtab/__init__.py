@@ -25,6 +25,8 @@ _HOME = {
     "covariance": "core.fisher",
     "fisher": "core.fisher",
     "gradient": "core.fisher",
+    "hardest_fisher": "core.fisher",
+    "prune": "core.prune",
     "select": "core.select",
     "Method": "core.method",
     "WeightMethod": "core.method",
@@ -33,6 +35,10 @@ _HOME = {
     "Site": "core.site",
     "Base": "core.site",
     "Format": "core.format",
+    "Transform": "core.transform",
+    "Optimizer": "core.optimizer",
+    "Active": "core.active",
+    "Activity": "core.active",
     "Start": "core.start",
     "UserError": "core.errors",
     "register": "core.registry",
@@ -44,6 +50,7 @@ _HOME = {
     "laws": "laws",
     "Recipe": "train.recipe",
     "tune": "train.run",
+    "search_prompt": "train.prompt_search",
 }
 """Public name -> module that defines it. Methods, formats and presets come from their folders instead."""
 
@@ -64,7 +71,7 @@ def __getattr__(name: str) -> Any:
         from trimtab.core.registry import find
 
         presets = importlib.import_module("trimtab.presets")
-        for kind in ("start", "presets", "methods", "storage"):
+        for kind in ("start", "presets", "methods", "storage", "optim", "active"):
             try:
                 return getattr(presets, name) if kind == "presets" else find(name, kind)
             except (UserError, AttributeError):

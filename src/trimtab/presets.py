@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trimtab.core.method import Placed
+from trimtab.core.errors import UserError
+from trimtab.core.method import Parts, Placed
 from trimtab.core.registry import find
 
 
@@ -16,6 +17,24 @@ def HoulsbyNorm(bottleneck: int = 64) -> tuple[Placed, ...]:
     return (find("houlsby")(bottleneck=bottleneck).at("attn, ffn"), find("ln_tuning")().at("norm"))
 
 
+def LongLoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, group: int | None = None) -> Parts:
+    """LoRA, trained embeddings and norms, tuned with attention in shifted groups (arXiv 2309.12307)."""
+    # Embeddings first: one learning rate serves all parts, theirs, as in the paper.
+    dense = [find("full")().at(where) for where in ("embed", "norm")]
+    low = find("lora")(rank=rank, alpha=alpha, dropout=dropout).at("q, k, v, o")
+    return Parts([*dense, low], {"attention": "shifted", "group": group})
+
+
+def UntiedLoReFT(rank: int = 4, first: int = 7, last: int = 7) -> object:
+    """LoReFT with tensors of their own for the first and the last tokens of the prompt (arXiv 2404.03592)."""
+    return find("untied")(inner=find("loreft")(rank=rank, first=first, last=last))
+
+
+def UntiedDiReFT(rank: int = 4, first: int = 7, last: int = 7) -> object:
+    """DiReFT with tensors of their own for the first and the last tokens of the prompt (arXiv 2404.03592)."""
+    return find("untied")(inner=find("direft")(rank=rank, first=first, last=last))
+
+
 def RsLoRA(rank: int = 64, alpha: float = 16.0, dropout: float = 0.0) -> object:
     """LoRA scaled by alpha / √rank, so that a large rank learns as fast as a small one (arXiv 2312.03732)."""
     return find("lora")(rank=rank, alpha=alpha, dropout=dropout, rank_power=0.5)
@@ -24,6 +43,11 @@ def RsLoRA(rank: int = 64, alpha: float = 16.0, dropout: float = 0.0) -> object:
 def PTuningV2(length: int = 20) -> object:
     """Prefix tuning without the reparametrization (arXiv 2110.07602)."""
     return find("prefix_tuning")(length=length, hidden=None)
+
+
+def PreEmbed(length: int = 256) -> object:
+    """Trained embeddings of prefix tokens: prompt tuning from a random start (a baseline of arXiv 2106.09685)."""
+    return find("prompt_tuning")(length=length, start="random")
 
 
 def PiSSA(rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, iterations: int | None = 8) -> object:
@@ -65,3 +89,43 @@ def LoftQ(rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, rounds: int
 def LQLoRA(rank: int = 16, alpha: float = 16.0, dropout: float = 0.0, rounds: int = 10) -> object:
     """LoRA beside quantized W where the loss is most sensitive; needs --quantize (arXiv 2311.12023)."""
     return find("lora")(rank=rank, alpha=alpha, dropout=dropout, start=find("lq_lora", "start")(rounds=rounds))
+
+
+def MAM(length: int = 30, bottleneck: int = 512, scale: float = 4.0) -> tuple[Placed, ...]:
+    """A short prefix at every self-attention and a scaled parallel adapter at every feed-forward (arXiv 2110.04366)."""
+    adapter = find("parallel")(bottleneck=bottleneck, scale=scale)
+    return (find("prefix_tuning")(length=length, hidden=800).at("k, v"), adapter.at("ffn"))
+
+
+def UniPELT(rank: int = 8, alpha: float = 16.0, bottleneck: int = 48, length: int = 10) -> tuple[Placed, ...]:
+    """LoRA and a serial adapter, each behind a gate per token, and a prefix, which has none (arXiv 2110.07577)."""
+    gated, prefix = find("gated"), find("prefix_tuning")(length=length)
+    lora, adapter = find("lora")(rank=rank, alpha=alpha), find("pfeiffer")(bottleneck=bottleneck)
+    return (gated(inner=lora).at("q, v"), gated(inner=adapter).at("stream"), prefix.at("k, v"))
+
+
+def CompacterPlusPlus(bottleneck: int = 24, blocks: int = 4, rank: int = 1) -> tuple[Placed, ...]:
+    """Compacter behind the feed-forward only (arXiv 2106.04647)."""
+    return (find("compacter")(bottleneck=bottleneck, blocks=blocks, rank=rank).at("ffn"),)
+
+
+def TopLayers(layers: int = 2) -> object:
+    """Full training of everything in the last layers (of each stack) and of a new head; nothing below is computed."""
+    if layers < 1:
+        raise UserError(f"TopLayers: layers={layers!r}", fix="layers of 1 or more")
+    return find("full")().at(f"all@-{layers}:")
+
+
+def HeadOnly() -> object:
+    """Full training of the output head alone; a tied head is untied when it is merged."""
+    return find("full")().at("head")
+
+
+def Embedding() -> object:
+    """Full training of the input embedding alone; a tied head keeps its frozen weight."""
+    return find("full")().at("embed")
+
+
+def PERP() -> tuple[Placed, ...]:
+    """Retraining after pruning: biases, added where there are none, and norms; zeros stay (arXiv 2312.15230)."""
+    return (find("output_bias")().at("all-linear"), find("ln_tuning")().at("norm"))

@@ -163,7 +163,7 @@ def test_flags_override_the_recipe_file_under_any_name(trimtab: Run, asked: list
         (["--rnak", "3"], "error: no flag --rnak for `trimtab tune` with method lora\n  fix: did you mean --rank?"),
         (["--modle", "3"], "did you mean --model?"),
         (["--batch", "3"], "did you mean --batch-size?"),
-        (["--bottleneck", "3"], "error: --bottleneck is a setting of houlsby, not of lora\n  fix: settings of lora:"),
+        (["--vectors", "3"], "error: --vectors is a setting of vb_lora, not of lora\n  fix: settings of lora:"),
         (["--method", "lorra"], "error: no method or preset named 'lorra'\n  fix: did you mean lora"),
         (["--method", "houlsby", "--rank", "3"], "--rank is a setting of"),
         ([], "`model` is missing; `data` is missing"),

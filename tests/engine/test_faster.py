@@ -186,3 +186,48 @@ def test_gated_product_is_the_plain_expression(gate: str) -> None:
     torch.testing.assert_close(ours, plain)
     for one, other in zip(torch.autograd.grad(ours, (g, u), dm), torch.autograd.grad(plain, (g, u), dm), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_siblings_are_seen_in_a_trial_and_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.engine import siblings
+
+    model = trained(tt.attach(decoder("llama"), tt.LoRA(rank=2), "q, v, gate, up"))
+    loss_and_gradients(model)  # the first time, a trial of the output matrix runs too
+    calls: list[int] = []
+    original = siblings.low_rank_products
+    monkeypatch.setattr(siblings, "low_rank_products", lambda x, p: calls.append(len(p)) or original(x, p))
+    with siblings.together(model) as groups:
+        assert [[path.rpartition(".")[2] for path in group] for group in groups] == [
+            ["q_proj", "k_proj", "v_proj"],
+            ["gate_proj", "up_proj"],
+        ] * 2
+        loss_and_gradients(model)
+    assert calls == [3, 2, 3, 2]
+    assert not any("_trimtab_siblings" in module.__dict__ for module in model.modules())
+
+
+def test_a_sibling_called_with_another_input_computes_for_itself() -> None:
+    from trimtab.engine.siblings import together
+
+    model: Any = trained(tt.attach(decoder("llama"), tt.LoRA(rank=2), "q, k, v"))
+    attention = model.model.layers[0].self_attn
+    x, other = torch.randn(1, 5, 32), torch.randn(1, 5, 32)
+    plain = attention.k_proj(other), attention.v_proj(x)
+    with together(model):
+        attention.q_proj(x)
+        assert torch.allclose(attention.k_proj(other), plain[0], atol=1e-6)
+        assert torch.allclose(attention.v_proj(x), plain[1], atol=1e-6)
+        attention.q_proj(x)
+        x.add_(1)
+        assert torch.allclose(attention.v_proj(x), plain[1] + attention.v_proj(torch.ones_like(x)), atol=1e-4)
+
+
+def test_an_adapter_that_is_off_is_not_computed_by_siblings() -> None:
+    from trimtab.engine.siblings import together
+
+    model: Any = trained(tt.attach(decoder("llama"), tt.LoRA(rank=2), "q, k, v"))
+    x = torch.randn(1, 5, 32)
+    tt.activate(model, None)
+    attention = model.model.layers[0].self_attn
+    with together(model):
+        assert torch.allclose(attention.q_proj(x), F.linear(x, attention.q_proj.weight), atol=1e-6)

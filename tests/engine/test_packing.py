@@ -105,6 +105,40 @@ def test_packed_gradients_equal_those_of_rows_alone(make, share: int | None, met
         assert float((one - other).abs().max()) <= 1e-5 * scale
 
 
+VIRTUAL = {
+    "prompt": tt.PromptTuning(length=5, start="random"),
+    "p_tuning": tt.PTuning(length=3),
+    "prefix": tt.PrefixTuning(length=4, hidden=8),
+    "pre_layer": tt.PreLayer(length=3),
+    "llama_adapter": tt.LLaMAAdapter(length=3),
+}
+
+
+@pytest.mark.parametrize("make", [llama, qwen, gpt2])
+@pytest.mark.parametrize("share", [None, 4])
+@pytest.mark.parametrize("method", VIRTUAL)
+def test_prompts_and_prefixes_are_exact_in_a_pack(make, share: int | None, method: str) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    tt.attach(model, VIRTUAL[method])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    rows = rows_with_common_beginnings()
+    expected = alone(model, rows)
+    wanted = torch.autograd.grad(expected, trained)
+    assert can_pack(model, 64)
+    with segments_in(model):
+        loss, _ = loss_sum(model, pack(rows, share), "causal")
+        found = torch.autograd.grad(loss, trained)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    scale = max(float(gradient.abs().max()) for gradient in wanted)
+    assert all(bool(gradient.any()) for gradient in wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * scale
+
+
 def test_padded_packed_and_accumulated_agree() -> None:
     torch.manual_seed(0)
     model = llama().eval()
@@ -161,8 +195,10 @@ def test_what_packing_would_get_wrong_is_not_packed() -> None:
     model.config.sliding_window = 32
     assert not can_pack(model, 64)
     model = llama()
+    model.config.sliding_window = 66
     tt.attach(model, tt.PrefixTuning(length=3, hidden=None))
-    assert not can_pack(model, 64)
-    tt.detach(model)
-    tt.attach(model, tt.LoReFT(rank=2))
+    assert can_pack(model, 63)
+    assert not can_pack(model, 64), "the virtual tokens reach out of the window"
+    model.config.sliding_window = None
+    tt.attach(model, tt.LoReFT(rank=2), name="edits")
     assert not can_pack(model, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections import Counter
@@ -15,8 +16,9 @@ from tiny_models import build, outline, run, scramble
 from torch import Tensor, nn
 
 import trimtab.families
+from trimtab.core.errors import UserError
 from trimtab.core.family import family_of, regions, tables
-from trimtab.core.select import Place, places, select, stacks
+from trimtab.core.select import Place, places, readings, select, stacks
 
 TYPES = sorted(tables())
 PLAIN = Counter(q=2, k=2, v=2, o=2, gate=2, up=2, down=2, attn=2, ffn=2, block=2)
@@ -31,10 +33,12 @@ SAM += Counter({"cross.q": 5, "cross.k": 5, "cross.v": 5, "cross.o": 5, "cross.a
 GROUPS = (
     (PLAIN, "llama mistral ministral ministral3 qwen2 qwen3 gemma smollm3 granite olmo cohere cohere2 helium"),
     (PLAIN, "seed_oss ernie4_5 gemma2 gemma3_text olmo2 olmo3 exaone4"),
-    (UNGATED, "nemotron arcee apertus bert roberta camembert xlm-roberta electra ernie data2vec-text"),
-    (UNGATED, "megatron-bert deberta-v2 mpnet distilbert vit deit ijepa vit_msn"),
+    (UNGATED, "nemotron arcee apertus megatron-bert vit deit ijepa vit_msn"),
+    (UNGATED + Counter(stream=2), "bert roberta camembert xlm-roberta electra ernie data2vec-text"),
+    (UNGATED + Counter(stream=2), "deberta-v2 mpnet distilbert"),
     (UNGATED + Counter(qkv=2), "gpt2 imagegpt"),
-    (FUSED, "deberta gpt_neox bloom falcon"),
+    (FUSED, "gpt_neox bloom falcon"),
+    (FUSED + Counter(stream=2), "deberta"),
     (PLAIN + Counter(gate_up=2), "glm glm4"),
     (PLAIN + Counter(gate_up=2, qkv=2), "phi3"),
     (UNGATED - Counter(up=2, down=2) + EXPERTS, "mixtral olmoe minimax_m2 phimoe"),
@@ -207,6 +211,72 @@ def test_megatron_bert_norms_before_its_sub_layers() -> None:
     run(model)
     for x, y in seen:
         torch.testing.assert_close(y, x + 3.0, rtol=1e-4, atol=1e-4)
+
+
+BESIDE = ("cohere", "cohere2", "falcon", "gpt_neox")
+"""Attention and feed-forward take in the same stream."""
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if tables()[name].name != "sam"])
+def test_enters_is_where_the_residual_stream_goes_into_a_sub_layer(model_type: str) -> None:
+    """What is read for `attn` is the block's input, for `ffn` that and what the attentions added, normed if post-norm.
+
+    In post-norm models `stream` is the norm behind the feed-forward: what it puts out is the block's output.
+    """
+    model = build(model_type)
+    family = tables()[model_type].name
+    post = family in POST_NORM and model_type != "megatron-bert"
+    places = [place for role in ("attn", "cross.attn", "ffn") for place in by_role(model, role)]
+    entered: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+
+    def entering(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+        entered[name] = args[0] if args else kwargs["hidden_states"]
+
+    for place, reading in zip(places, readings(model, places, "stream"), strict=True):
+        assert reading is not None
+        assert reading.entering
+        read, adds = model.get_submodule(reading.module), model.get_submodule(place.module)
+        read.register_forward_pre_hook(functools.partial(entering, name=place.module), with_kwargs=True)
+        adds.register_forward_hook(
+            lambda module, args, out, name=place.module: added.__setitem__(name, out[0] if type(out) is tuple else out)
+        )
+    seen = blocks_seen(model, "")
+    run(model)
+    scale = model.config.residual_multiplier if model_type == "granite" else 1.0
+    for block, (x, y) in zip(by_role(model, "block"), seen, strict=True):
+        at = {place.role: place.module for place in places if place.module.startswith(block.module + ".")}
+        close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+        close(entered[at["attn"]], x)
+        expected = x if model_type in BESIDE else x + scale * added[at["attn"]]
+        if "cross.attn" in at:
+            close(entered[at["cross.attn"]], expected)
+            expected = expected + added[at["cross.attn"]]
+        if post:
+            first, second = (model.get_submodule(block.module).get_submodule(path) for path in POST_NORM[family])
+            expected = first(expected)
+            (stream,) = select(model, f"stream@{block.layer}")
+            assert model.get_submodule(stream.module) is second
+            close(second(expected + added[at["ffn"]]), y)
+        else:
+            assert select(model, f"stream@{block.layer}") == select(model, f"block@{block.layer}")
+        close(entered[at["ffn"]], expected)
+
+
+def test_the_queries_of_an_attention_are_read_where_they_come_out() -> None:
+    for model_type, names in {
+        "llama": ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"],
+        "gpt2": ["h.0.attn.c_attn", "h.1.attn.c_attn"],
+    }.items():
+        model = outline(model_type)
+        found = readings(model, select(model, "o"), "q")
+        assert [one.module for one in found if one is not None and not one.entering] == names
+        assert {one.rows for one in found if one is not None} == {(0, 32) if model_type == "gpt2" else None}
+    model = outline("t5")
+    crossed = readings(model, select(model, "cross.o@0"), "q")
+    assert [one.module for one in crossed if one is not None] == ["decoder.block.0.layer.1.EncDecAttention.q"]
+    with pytest.raises(UserError, match="q is that belongs to"):
+        readings(outline("bloom"), select(outline("bloom"), "o"), "q")
 
 
 # ----------------------------------------------------------------------------------------- fused weights and slices

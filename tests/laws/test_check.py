@@ -85,6 +85,33 @@ def test_small_settings_are_made_by_one_rule() -> None:
     assert laws.small(tt.LoRA(rank=2)).alpha == 4.0
 
 
+def test_a_twin_is_what_deepcopy_makes() -> None:
+    """Also of an adapted model with hooks, tied weights, codes and gradients, which a copy does not have."""
+    (host,) = [host for host in laws.zoo() if host.name == "decoder"]
+    (nf4,) = [storage for storage in laws.storages() if storage.name == "nf4"]
+    case = laws.Case(laws.small((tt.methods()["vb_lora"]().at("q"), tt.methods()["loreft"]().at("block"))), host, nf4)
+    model: Any = case.model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model = laws.judging.move(case.attach(model))
+    case.run(model).square().mean().backward()
+    output, was = case.run(model), {key: value.clone() for key, value in model.state_dict().items()}
+    twin: Any = laws.twin.twin(model)
+    assert [(n, type(m), sorted(vars(m))) for n, m in twin.named_modules()] == [
+        (n, type(m), sorted(vars(m))) for n, m in model.named_modules()
+    ]
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert twin.__dict__["_trimtab"] is not model.__dict__["_trimtab"]
+    for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+        assert one is not other
+        assert one.requires_grad == other.requires_grad
+        assert one.grad is None
+    assert torch.equal(case.run(twin), output)
+    laws.judging.move(twin)
+    tt.detach(twin)
+    assert torch.equal(case.run(model), output)
+    laws.judging.same_bits(model.state_dict(), was, "the model after changing its twin")
+
+
 # ---------------------------------------------------------------------------- each breaks one law, at least
 
 

@@ -49,18 +49,23 @@ def points() -> dict[str, Any]:
     return found
 
 
-def compiled_elsewhere(name: str, law: laws.Law, case: laws.Case, pairs: list[tuple[laws.Law, laws.Case]]) -> bool:
-    """Whether a compilation that takes seconds is left to another test.
+def shown_elsewhere(name: str, law: laws.Law, case: laws.Case, pairs: list[tuple[laws.Law, laws.Case]]) -> bool:
+    """Whether a case that takes long is left to another one, because nothing in it is particular to the method.
 
-    What a method adds to the graph is seen on one small host in fp32 and nf4; what a format or a whole model adds to
-    it does not depend on the method, so LoRA alone is compiled on all of them.
+    Every method meets every host and every format, but not every host in every format. What a method adds to a graph is
+    seen on one small host in fp32 and nf4, and what it does in a format on a single layer; what a format or a whole
+    model adds does not depend on the method, so LoRA alone meets all formats on whole models.
     """
-    if law.name != "compiles" or not law.slow(case):
+    usual = case.storage.name in ("fp32", "bf16", "nf4")
+    if law.name == "compiles" and law.slow(case):
+        if name == "lora":
+            return case.oversized and not usual
+        elsewhere = any(other is law and not law.slow(one) for other, one in pairs)
+        return elsewhere or case.storage.name not in ("fp32", "nf4")
+    if not case.oversized or name == "lora":
         return False
-    if name == "lora":
-        return case.oversized and case.storage.name not in ("fp32", "nf4")
-    elsewhere = any(other is law and not law.slow(one) for other, one in pairs)
-    return elsewhere or case.storage.name not in ("fp32", "nf4")
+    parts = [one for other, one in pairs if other is law and not one.oversized and one.storage == case.storage]
+    return bool(parts) and (law.name == "recovers" or not usual)
 
 
 def parameters() -> list[Any]:
@@ -75,7 +80,7 @@ def parameters() -> list[Any]:
             (law, case)
             for law, case in every
             if law.name != "distributed"  # tests/laws/test_distributed.py starts its processes once for all methods
-            and not compiled_elsewhere(name, law, case, every)
+            and not shown_elsewhere(name, law, case, every)
         ]
         pairs += [
             (law, case)

@@ -1,4 +1,4 @@
-"""Methods that know positions (prefix tuning, LoReFT) in language models: generating, padding, recomputing."""
+"""Methods that know positions or attention, in language models: generating, padding, recomputing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ WORDS = 31
 METHODS = {
     "prefix": tt.PrefixTuning(length=4, hidden=8),
     "prefix-direct": tt.PrefixTuning(length=4, hidden=None),
+    "prompt": tt.PromptTuning(length=4, start="random"),
+    "lstm": tt.PTuningLSTM(length=3),
+    "pre_layer": tt.PreLayer(length=3),
+    "llama_adapter": tt.LLaMAAdapter(length=3),
     "loreft": tt.LoReFT(rank=2, first=2, last=2),
+    "untied": tt.Untied(inner=tt.DiReFT(rank=2, first=2, last=1)),
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
@@ -188,7 +193,10 @@ def test_recomputing_on_a_quantized_base_then_reloading_to_train(
     again = tt.load(quantized(), tmp_path).train()
     for found, wanted in zip(gradients(again), plain, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
-    assert all(bool(one.any()) for one in plain)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    still = [name for name, one in zip(names, plain, strict=True) if not one.any()]
+    # After the last block nothing reads the first tokens of a prompt, so their own tensors have nothing to learn there.
+    assert all(".1.delta" in name and ".first." in name for name in still)
 
 
 def test_labels_tell_where_the_prompt_ends() -> None:
@@ -218,6 +226,57 @@ def test_virtual_tokens_leave_losses_logits_and_hidden_states_their_lengths() ->
     assert out.logits.shape[:2] == ids.shape
     assert {one.shape[1] for one in out.hidden_states} == {ids.shape[1]}
     assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "pre_layer", "llama_adapter"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "t5"])
+def test_padding_changes_nothing_in_an_encoder(family: str, name: str) -> None:
+    """Virtual tokens stand at the same distance from the text and at the same position, however long the batch is."""
+    model = adapted({"bert": bert, "roberta": roberta, "t5": t5}[family], METHODS[name])
+    ids = torch.randint(3, WORDS, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    more = {"decoder_input_ids": torch.randint(3, WORDS, (3, 4))} if family == "t5" else {}
+    with torch.no_grad():
+        together = model(input_ids=ids.masked_fill(mask == 0, 0), attention_mask=mask, **more).logits
+        for row in range(3):
+            one = {key: value[row : row + 1] for key, value in more.items()}
+            alone = model(input_ids=ids[row : row + 1, : mask[row].sum()], **one).logits
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**ENCODER, initializer_range=0.3)).eval()
+
+
+def roberta() -> Any:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    return RobertaForSequenceClassification(RobertaConfig(**ENCODER, initializer_range=0.3, pad_token_id=0)).eval()
+
+
+ENCODER = {"vocab_size": WORDS, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODER |= {"intermediate_size": 40, "max_position_embeddings": 40, "num_labels": 3}
+
+
+def test_attention_that_is_not_torchs_is_refused() -> None:
+    model = adapted(llama, METHODS["llama_adapter"])
+    model.set_attn_implementation("eager")
+    with pytest.raises(tt.UserError, match="scaled_dot_product_attention"):
+        model(input_ids=texts()[0])
+
+
+def test_the_top_layers_get_a_prompt() -> None:
+    model = adapted(llama, METHODS["llama_adapter"])
+    assert [name for name, module in model.named_modules() if "delta" in module._modules] == [
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    ]
+    tt.detach(model)
+    tt.attach(model, METHODS["llama_adapter"], where="attention@-1:")
+    assert not hasattr(model.model.layers[0].self_attn, "delta")
 
 
 def test_a_four_dimensional_mask_is_refused() -> None:

@@ -21,6 +21,7 @@ from trimtab.storage.affine import Affine
 from trimtab.storage.dense import Dense
 from trimtab.storage.dynamic8 import Dynamic8
 from trimtab.storage.nf4 import LEVELS, MIDPOINTS, NF4, nearest
+from trimtab.storage.pruned import Pruned
 
 FORMATS: list[Format] = [
     Dense(),
@@ -41,6 +42,8 @@ FORMATS: list[Format] = [
     Affine(3, 16),
     Affine(2, 4),
     Affine(4, 1),
+    Pruned(dtype="float32"),
+    Pruned(0.9, "float32"),
 ]
 SHAPES = [(64, 96), (3, 32), (1, 64), (7, 160), (33, 32)]
 every = pytest.mark.parametrize("method", FORMATS, ids=str)
@@ -69,6 +72,9 @@ def bound(method: Format, W: Tensor) -> Tensor:
         case NF4():
             absmax = per_block(method.block_size)
             return absmax * 0.1521 + (0 if method.scale is None else absmax.max() * 0.0075)
+        case Pruned():
+            gone = flat.abs().sort().values[: int(method.sparsity * flat.numel())]
+            return torch.where(W.abs() <= gone[-1:].sum(), W.abs(), 0.0)
         case Affine():
             groups = W.view(W.shape[0], -1, method.group_size)
             scale = (groups.amax(-1) - groups.amin(-1)) / (2**method.code_bits - 1)
@@ -150,7 +156,7 @@ def test_encoding_what_was_decoded_gives_the_same_codes(method: Format) -> None:
     nested = isinstance(method, NF4) and method.scale is not None
     if not nested and not isinstance(method, Dynamic8):
         for key, value in code.items():
-            tolerance = 0.0 if isinstance(method, NF4 | Dense) else 1e-5
+            tolerance = 0.0 if isinstance(method, NF4 | Dense | Pruned) else 1e-5
             torch.testing.assert_close(again[key], value, rtol=tolerance, atol=tolerance)
 
 

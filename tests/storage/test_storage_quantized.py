@@ -33,7 +33,9 @@ from trimtab.storage.absmax import Absmax
 from trimtab.storage.affine import Affine
 from trimtab.storage.dense import Dense
 from trimtab.storage.dynamic8 import Dynamic8
+from trimtab.storage.n_of_m import NOfM
 from trimtab.storage.nf4 import NF4
+from trimtab.storage.pruned import Pruned
 
 FORMATS: list[Format] = [
     NF4(),
@@ -44,6 +46,8 @@ FORMATS: list[Format] = [
     Affine(),
     Affine(3),
     Dense("float32"),
+    Pruned(),
+    NOfM(),
 ]
 every = pytest.mark.parametrize("method", FORMATS, ids=str)
 

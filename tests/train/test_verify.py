@@ -66,8 +66,8 @@ def leaking_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = module.pack
 
-    def joined(rows: Any, share: Any) -> Pack:
-        made = plain(rows, share)
+    def joined(rows: Any, share: Any, ends: Any) -> Pack:
+        made = plain(rows, share, ends)
         return Pack(**{**vars(made), "segments": (Segment(0, made.ids.shape[1]),)})
 
     monkeypatch.setattr(module, "pack", joined)

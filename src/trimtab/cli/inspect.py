@@ -213,6 +213,9 @@ def adapter_text(adapter: Mapping[str, Any], found: Mapping[str, Any]) -> str:
             for one in sorted(part["tensors"], key=lambda one: str(one["name"]))
         ]
         lines.append(columns(shapes, indent=4))
+    prompt = (adapter.get("notes") or {}).get("prompt")
+    if prompt is not None:
+        lines.append(f"  its tokens read {prompt!r}")
     stored = sum(part["values"] for part in adapter["parts"])
     trained = f"{stored:,} values stored"
     part, whole = found.get("trainable"), found.get("total")

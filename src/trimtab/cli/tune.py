@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,13 +14,17 @@ from trimtab.cli.verb import Verb, columns, duration, figure, heading, say, shar
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.train.recipe import (
     ALIASES,
+    NAMED,
+    OPTIMIZERS,
     Recipe,
     factory,
     fields,
     method_settings,
     read_recipe,
     recipe_from,
+    registered_settings,
     said_twice,
+    unfolded,
 )
 
 if TYPE_CHECKING:
@@ -53,10 +58,13 @@ class Tune(Verb):
 
     chosen: str | None = None
     """The method whose settings are flags; None before one is known."""
+    others: Mapping[str, str] = MappingProxyType({})
+    """The optimizer and the schedule whose settings are flags, by key of the recipe."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         recipe_flags = list(flags_of_recipe())
         settings = list(flags_of_method(self.chosen)) if self.chosen else []
+        settings += [flag for key, name in self.others.items() for flag in flags_of_named(key, name)]
         known = {flag.name for flag in recipe_flags}
         flags = [*recipe_flags, *(one for one in settings if one.name not in known)]
         aliases = aliases_of({flag.name or "": flag for flag in flags})
@@ -65,8 +73,10 @@ class Tune(Verb):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = [dashes(argument) for argument in args]
         asked_for_help = any(name in args for name in ctx.help_option_names)
-        method = method_in(args)
+        method = name_in(args)
         self.chosen = method or (None if asked_for_help else Recipe.method)
+        found = {key: name_in(args, key) for key in NAMED}
+        self.others = {key: OPTIMIZERS.get(name.lower(), name) for key, name in found.items() if name}
         if self.chosen:
             factory(self.chosen)
         try:
@@ -95,6 +105,7 @@ class Tune(Verb):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         titles = {**GROUPS, "settings": f"Settings of {self.chosen}"}
+        titles |= {key: f"Settings of {name}" for key, name in self.others.items()}
         parameters = self.get_params(ctx)
         for group, title in titles.items():
             rows = [
@@ -128,9 +139,9 @@ def dashes(argument: str) -> str:
 
 
 def flags_of_recipe() -> Iterator[Flag]:
-    """A flag for every field of a recipe but `settings`, which are flags of their own."""
+    """A flag for every field of a recipe but those with settings, which are flags of their own."""
     for name, field in fields().items():
-        if name == "settings":
+        if name.endswith("settings"):
             continue
         text = field.metadata["help"]
         if not any(field.default is plain for plain in ("", None, dataclasses.MISSING, False)):
@@ -146,6 +157,14 @@ def flags_of_method(method: str) -> Iterator[Flag]:
         text = f"[default: {default}]" if plain else f"[default: {default}; set it in a recipe or in Python]"
         words = kind_of(type(default).__name__ if default is not None else "")
         yield Flag(name, text, "settings", switch=isinstance(default, bool), words=words)
+
+
+def flags_of_named(key: str, name: str) -> Iterator[Flag]:
+    """A flag for every setting of an optimizer or a schedule: `--optimizer-rank`, `--active-layers`."""
+    for setting, default in registered_settings(name, NAMED[key]).items():
+        words = kind_of(type(default).__name__ if default is not None else "")
+        text = f"[default: {default}]"
+        yield Flag(f"{key}_{setting}", text, key, switch=isinstance(default, bool), words=words)
 
 
 def kind_of(name: str) -> str:
@@ -178,9 +197,9 @@ def methods_with(setting: str) -> list[str]:
     return [name for name in names() if setting in method_settings(name)]
 
 
-def method_in(args: list[str]) -> str | None:
-    """The method named on a command line, or in the recipe named there; None when neither says."""
-    names = {"--method", *("--" + alias.replace("_", "-") for alias, name in ALIASES.items() if name == "method")}
+def name_in(args: list[str], key: str = "method") -> str | None:
+    """The method (or another named thing) of a command line, or of the recipe named there; None when neither says."""
+    names = {f"--{key}", *("--" + alias.replace("_", "-") for alias, name in ALIASES.items() if name == key)}
     found = None
     for place, argument in enumerate(args):
         name, equals, value = argument.partition("=")
@@ -190,10 +209,9 @@ def method_in(args: list[str]) -> str | None:
         return found
     for argument in args:
         if argument.endswith(RECIPE_ENDINGS) and not argument.startswith("-") and Path(argument).is_file():
-            content = read_recipe(argument)
-            for key, value in content.items():
-                if ALIASES.get(key, key) == "method":
-                    return str(value.get("name") if isinstance(value, Mapping) else value)
+            for one, value in read_recipe(argument).items():
+                if ALIASES.get(one, one) == key and value is not None:
+                    return unfolded(value)[0] if isinstance(value, Mapping) else str(value)
     return None
 
 

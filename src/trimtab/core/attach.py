@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core import batch as batches
+from trimtab.core.attention import HEADS, heads_of, projections
 from trimtab.core.delta import (
     Adapter,
     Delta,
@@ -27,11 +28,21 @@ from trimtab.core.delta import (
 )
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.core.install import clash, install, is_raw, plain_base, raw_weight, stand_aside, uninstall
+from trimtab.core.install import (
+    clash,
+    deltas_class,
+    install,
+    is_raw,
+    listen,
+    plain_base,
+    raw_weight,
+    stand_aside,
+    uninstall,
+)
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
 from trimtab.core.quantized import Taken, check_modules, quantize_module, quantize_without
 from trimtab.core.registry import name_of
-from trimtab.core.select import Place, select
+from trimtab.core.select import Place, Reading, places, readings, select
 from trimtab.core.site import Base, Known, RawBase, Site
 
 SHARED = "trimtab_shared"
@@ -100,25 +111,51 @@ def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list
         label = stem if labels[stem] == 1 else f"{stem}-{labels[stem]}"
         try:
             places = select(model, place, kinds=kinds_of(one))
+            if one.on_bias:
+                places = biased(model, places, place)
         except UserError as error:
             raise UserError(f"attach({type(one).__name__}): {error.message}", fix=error.fix) from None
         problems = [problem for found in places if (problem := unfit(model, one, found))]
         if problems:
             raise UserError(f"attach({type(one).__name__}): {listing(problems, 5)}")
         parts.append(Part(one, place, label, places))
+        sources(model, parts[-1])
     return parts
 
 
+def sources(model: nn.Module, part: Part) -> list[Reading | None]:
+    """Where what a part reads beside its sites' inputs passes by; an error where that is not known."""
+    if not part.method.source:
+        return [None] * len(part.places)
+    try:
+        return readings(model, part.places, part.method.source)
+    except UserError as error:
+        raise UserError(f"attach({type(part.method).__name__}): {error.message}", fix=error.fix) from None
+
+
+def biased(model: nn.Module, places: Sequence[Place], where: str) -> list[Place]:
+    """The places that have a bias; an error where none has."""
+    found = [place for place in places if site_at(model, State(), place).base.bias is not None]
+    if not found:
+        names = listing([place.name for place in places], 2)
+        raise UserError(
+            f'none of the {len(places)} places of "{where}" has a bias ({names})',
+            fix="OutputBias adds a trained one where there is none",
+        )
+    return found
+
+
 def two_ways(model: nn.Module, parts: Sequence[Part]) -> None:
-    """Refuse parts that would edit one module both through its forward and as a raw weight."""
-    seen: dict[str, bool] = {}
+    """Refuse parts that would edit one module in two ways: through its forward, as a raw weight, in its attention."""
+    seen: dict[str, str] = {}
     problems = []
     for part in parts:
         for place in part.places:
             module = model.get_submodule(place.module)
-            raw = is_raw(module, place)
-            if seen.setdefault(place.module, raw) != raw:
-                problems.append(f"{place.name} would be edited both through its forward and as a raw weight")
+            way = deltas_class(module, place).way
+            if seen.setdefault(place.module, way) != way:
+                both = " and ".join(sorted((seen[place.module], way), reverse=True))
+                problems.append(f"{place.name} would be edited both {both}")
             elif (problem := clash(module, place)) is not None:
                 problems.append(problem)
     if problems:
@@ -247,8 +284,9 @@ def init_at(method: Method, site: Site, place: Place, model: nn.Module) -> dict[
     stacked, b = site.base.weight, site.base.bias
     drawn = []
     for expert, matrix in enumerate(stacked):
-        one = Site(**{**vars(site), "base": RawBase(matrix, None if b is None else b[expert])})
-        drawn.append(method.init(one))
+        base = RawBase(matrix, None if b is None else b[expert])
+        measured = {name: value[expert] for name, value in site.statistics.items()}
+        drawn.append(method.init(Site(**{**vars(site), "base": base, "statistics": measured})))
     return _stack(drawn)
 
 
@@ -270,8 +308,23 @@ def site_at(
         base = rows_of(base, place)
     stats = (statistics or {}).get(place.name, {})
     kind = "linear" if place.kind == "raw" else place.kind
-    takes_bias = base.bias is not None or (kind != "norm" and not is_raw(module, place))
-    return Site(place.name, base, kind, place.role, place.layer, width, index, stats, takes_bias=takes_bias)
+    takes_bias = not is_raw(module, place) or base.bias is not None  # an edited activation has no bias to ask for
+    return Site(
+        *(place.name, base, kind, place.role, place.layer, width, index, stats),
+        takes_bias=takes_bias,
+        heads=heads_of(module) if kind == "attention" else heads_around(model, place.module),
+    )
+
+
+def heads_around(model: nn.Module, path: str) -> int:
+    """How many query heads the attention a module belongs to has, as it or its configuration says."""
+    for module in reversed(ancestors(model, path)):
+        for source in (module, getattr(module, "config", None)):
+            for name in HEADS:
+                count = getattr(source, name, None)
+                if isinstance(count, int):
+                    return count
+    return 0
 
 
 def rows_of(base: Base, place: Place) -> Base:
@@ -286,21 +339,28 @@ def rows_of(base: Base, place: Place) -> Base:
 def commit(
     model: nn.Module, state: State, adapter: Adapter, work: Sequence[tuple[Part, list[Delta], Group | None]]
 ) -> None:
-    """Install prepared deltas: from here on nothing is refused."""
+    """Install prepared deltas: once sources are known, nothing is refused any more."""
+    read = [sources(model, part) for part, *_ in work]
     if not state.adapters:
         state.frozen = {key: value.requires_grad for key, value in model.named_parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.__dict__["_trimtab"] = state
+    attentions = any(place.kind == "attention" for part, *_ in work for place in part.places)
+    known = places(model) if attentions else []
     for index, (part, deltas, group) in enumerate(work):
-        for place, delta in zip(part.places, deltas, strict=True):
+        for place, delta, reading in zip(part.places, deltas, read[index], strict=True):
             module = model.get_submodule(place.module)
-            key = adapter.name + (f"+{index}" if index else "")
-            key += f"/{place.parameter}" if place.parameter else ""
-            key += f":{place.part}" if place.part else ""
+            key = adapter.name + (f"+{index}" if index else "") + site_key(place)
             stack = batches.stack_of(model, place.module) if reads_batch(part.method) else None
             delta.train(module.training)
             install(module, place, delta, key, state, stack.path if stack else "", place.features or 0)
+            if reading is not None:
+                listen(model, module._modules["delta"], part.method.source, reading)  # type: ignore[arg-type]
+            if place.kind == "attention":
+                found: Any = module._modules["delta"]
+                found.__dict__["beside"] = projections(known, module, place.module)
+                found.__dict__["heads"] = heads_of(module)
             above = ancestors(model, place.module)
             if any(isinstance(outer, nn.TransformerEncoderLayer) for outer in above):
                 stand_aside(module)
@@ -321,6 +381,11 @@ def commit(
         batches.install_hooks(model, state, wanted)
 
 
+def site_key(place: Place) -> str:
+    """What tells the deltas of one part on one module apart: the raw parameter and the part of a fused weight."""
+    return (f"/{place.parameter}" if place.parameter else "") + (f":{place.part}" if place.part else "")
+
+
 def ancestors(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules above a path, outermost first."""
     names = path.split(".")
@@ -332,11 +397,17 @@ def reads_batch(method: Method) -> bool:
     return isinstance(method, InputMethod) or getattr(method, "reads_batch", False)
 
 
-def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take an adapter (None: all of them) off again: classes, flags and every bit of the base are as before."""
+def detach(model: nn.Module, name: str | None = None, where: str | None = None) -> nn.Module:
+    """Take an adapter (None: all of them) off again: classes, flags and every bit of the base are as before.
+
+    With `where` only off these sites: `detach(model, where="attn@:5, ffn@:5")` prunes the first five layers, and what
+    is saved afterwards has the other sites only.
+    """
     state = require_state(model, "detach")
     names = list(state.adapters) if name is None else [name]
     check_names(state, names, "detach")
+    if where is not None:
+        names = prune(model, state, names, where)
     for one in names:
         for _, module in list(edited_modules(model)):
             uninstall(module, one)
@@ -357,6 +428,46 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             encoder.use_nested_tensor = True
         del model.__dict__["_trimtab"]
     return model
+
+
+def prune(model: nn.Module, state: State, names: Sequence[str], where: str) -> list[str]:
+    """Take adapters off some of their sites; returns those that are left with none."""
+    gone: dict[int, list[Place]] = {}
+    refusal: UserError | None = None
+    parts = [(name, part) for name in names for part in state.adapters[name].parts]
+    for index, (name, part) in enumerate(parts):
+        try:
+            chosen = {place.name for place in select(model, where, kinds=kinds_of(part.method))}
+        except UserError as error:
+            refusal = UserError(f"detach: {error.message}", fix=error.fix)
+            continue
+        gone[index] = [place for place in part.places if place.name in chosen]
+        if gone[index] and isinstance(part.method, InputMethod):
+            raise UserError(
+                f"detach: the virtual tokens of {name} go through all layers, so it cannot leave some of them",
+                fix=f"trimtab.detach(model, {name!r})",
+            )
+    if not any(gone.values()):
+        has = listing({part.where: None for _, part in parts}, 3)
+        raise refusal or UserError(f"detach: {where!r} names no site of {listing(names)}; it is at {has}")
+    for index, leaving in gone.items():
+        name, part = parts[index]
+        slot = batches.slot_name(name, part.label)
+        for place in leaving:
+            module = model.get_submodule(place.module)
+            deltas: Any = module._modules["delta"]
+            uninstall(
+                module,
+                name,
+                [key for key, one in deltas.items() if one.slot == slot and key.endswith(site_key(place))],
+            )
+        part.places = [place for place in part.places if place not in leaving]
+        if not part.places:
+            state.adapters[name].parts.remove(part)
+            shared: Any = model._modules.get(SHARED, {})
+            if slot in shared:
+                del shared[slot]
+    return [name for name in names if not state.adapters[name].parts]
 
 
 def activate(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) -> nn.Module:
@@ -387,7 +498,8 @@ def activate(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) 
 def dtype_and_device(model: nn.Module, place: Place) -> tuple[torch.dtype, torch.device]:
     """Where and in which floating type a place's trained tensors live: as its weight, or as the model's first one."""
     module = model.get_submodule(place.module)
-    code = module._modules.get("code")
+    inside = module.modules() if place.kind == "attention" else [module]
+    code = next((one._modules["code"] for one in inside if "code" in one._modules), None)
     if code is not None:
         return code.dtype, next(code.parameters()).device  # type: ignore[return-value]
     for source in (module.parameters(), model.parameters()):

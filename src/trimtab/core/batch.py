@@ -2,7 +2,8 @@
 
 A *stack* is the module that turns ids into hidden states (LlamaModel, BertModel, one T5Stack each side). Two hooks on
 it reserve positions for virtual tokens and take them off again, so labels, logits, caches and `generate` never see
-them: a causal stack gets them in front, a bidirectional one at the end (its first token stays the first).
+them. They come in front; behind the text only in a bidirectional stack that counts positions or pools, whose first
+token has to stay the first.
 """
 
 from __future__ import annotations
@@ -35,15 +36,22 @@ class Batch:
     slots: Slots = field(default_factory=dict)
     prompt: Tensor | None = None
     """(rows, positions) bool: real tokens before the first trained one; None while decoding."""
+    order: Tensor | None = None
+    """(1, tokens) in a pack: where each token stands in its row; None where the batch has a line for every row."""
+    lengths: Tensor | None = None
+    """(1, tokens) in a pack: how many prompt tokens the token's row has."""
     total: int = 0
     """How many positions are reserved in every row."""
     mixed: dict[tuple[str, ...], Slots] = field(default_factory=dict)
     """The slots of rows that use these adapters, where rows differ."""
+    sources: dict[str, Tensor] = field(default_factory=dict)
+    """What methods at the running site read beside its input, by `Method.source`."""
 
     def of_rows(self, names: tuple[str, ...], index: Tensor) -> Batch:
         """The same for the rows at `index`, which use the adapters `names`."""
         prompt = None if self.prompt is None else self.prompt.index_select(0, index)
-        return Batch(self.mixed.get(names, {}), prompt, self.total)
+        sources = {name: value.index_select(0, index) for name, value in self.sources.items()}
+        return Batch(self.mixed.get(names, {}), prompt, self.order, self.lengths, self.total, sources=sources)
 
     def replace(self, y: Tensor, values: Tensor, slot: str) -> Tensor:
         """`y` (rows, positions, width) with `values` (length, width) at the positions reserved for `slot`."""
@@ -62,22 +70,40 @@ class Stack:
     names: tuple[str, ...]
     causal: bool
     filler: int
+    front: bool
+    """Whether virtual tokens come before the text."""
+    counts: bool
+    """Whether the places of virtual tokens behind the text have to be told: padding in between would move them."""
 
 
 def stack_of(model: nn.Module, path: str) -> Stack | None:
-    """The stack a module at `path` belongs to: its nearest ancestor whose forward takes `input_ids`."""
+    """The stack a module at `path` belongs to: its nearest ancestor whose forward takes `input_ids`.
+
+    A module that only embeds them takes no `attention_mask`, and counts where no module above it does either.
+    """
     parts = path.split(".")
+    found: list[tuple[str, tuple[str, ...]]] = []
     for end in range(len(parts) - 1, -1, -1):
         above = ".".join(parts[:end])
         module = model.get_submodule(above)
         names = tuple(inspect.signature(module.forward).parameters)
         if "input_ids" not in names or (above == "" and any(_takes_ids(child) for child in module.children())):
             continue
-        config = getattr(module, "config", None)
-        causal = "past_key_values" in names and getattr(config, "is_decoder", True) is not False
-        padding = getattr(config, "pad_token_id", None)
-        return Stack(above, names, causal, 1 if padding == 0 else 0)
-    return None
+        found.append((above, names))
+    chosen = next((one for one in found if "attention_mask" in one[1]), found[0] if found else None)
+    return None if chosen is None else _stack(model, *chosen)
+
+
+def _stack(model: nn.Module, path: str, names: tuple[str, ...]) -> Stack:
+    module = model.get_submodule(path)
+    config = getattr(module, "config", None)
+    causal = "past_key_values" in names and getattr(config, "is_decoder", True) is not False
+    padding = getattr(config, "pad_token_id", None)
+    front = causal or ("position_ids" not in names and getattr(module, "pooler", None) is None)
+    tables = [part for name, part in module.named_modules() if name.endswith("position_embeddings")]
+    skips = any(getattr(table, "padding_idx", None) is not None for table in tables)  # it counts real tokens itself
+    counts = not front and not skips and "position_ids" in names
+    return Stack(path, names, causal, 1 if padding == 0 else 0, front, counts)
 
 
 def _takes_ids(module: nn.Module) -> bool:
@@ -115,9 +141,12 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
     prompt = None if done else real
     if prompt is not None and stack.causal and state.prompt is not None and state.prompt.shape == prompt.shape:
         prompt = prompt & state.prompt
+    order, lengths = state.packed if state.packed is not None else (None, None)
+    if order is not None and lengths is not None:
+        prompt = order < lengths
 
     if total:
-        where = "front" if stack.causal else "back"
+        where = "front" if stack.front else "back"
         live = torch.ones(rows, total, dtype=torch.bool, device=tokens.device)
         for names, index in groups:
             if needs[names] < total:
@@ -148,17 +177,22 @@ def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: An
                 front = (live.cumsum(1) - 1).clamp(min=0).to(positions.dtype)
                 positions = torch.cat([front, positions.expand(rows, -1)], 1)
             call["position_ids"] = positions
-        elif positions is not None:
-            call["position_ids"] = _join(positions.new_zeros(positions.shape[0], total), positions, where)
+        elif stack.counts or positions is not None:
+            if positions is None:
+                positions = torch.arange(length, device=tokens.device)[None]
+            positions = positions.expand(rows, -1)
+            last = positions.masked_fill(~real, -1).amax(1, keepdim=True)
+            behind = last + live.cumsum(1).clamp(min=1).to(positions.dtype)
+            call["position_ids"] = _join(behind, positions, where)
     if done:
         state.batches[stack.path] = Batch()
         return (), call
-    first = {names: total - need if stack.causal else -total for names, need in needs.items()}
+    first = {names: total - need if stack.front else -total for names, need in needs.items()}
     slots = {names: _ranges(wanted, names, first[names]) for names in needs}
     if state.rows is None:
-        state.batches[stack.path] = Batch(slots[state.active], prompt, total)
+        state.batches[stack.path] = Batch(slots[state.active], prompt, order, lengths, total)
     else:
-        state.batches[stack.path] = Batch({}, prompt, total, slots)
+        state.batches[stack.path] = Batch({}, prompt, order, lengths, total, slots)
     return (), call
 
 
@@ -170,7 +204,7 @@ def release(stack: Stack, state: State, module: nn.Module, args: Any, output: An
 
     def strip(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim == 3:
-            return value[:, batch.total :] if stack.causal else value[:, : -batch.total]
+            return value[:, batch.total :] if stack.front else value[:, : -batch.total]
         return tuple(strip(item) for item in value) if isinstance(value, tuple) else value
 
     if isinstance(output, Tensor):
@@ -244,6 +278,20 @@ def prompts(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
         state.prompt, state.prompt_held = None, False
 
 
+@contextmanager
+def packed_prompts(model: nn.Module, order: Tensor, lengths: Tensor) -> Iterator[None]:
+    """For packs: tells position-dependent methods where each token stands in its row, and how long its prompt is."""
+    state = model.__dict__.get("_trimtab")
+    if state is None:
+        yield
+        return
+    state.packed = (order, lengths)
+    try:
+        yield
+    finally:
+        state.packed = None
+
+
 def install_hooks(model: nn.Module, state: State, paths: list[str]) -> None:
     """Put the hooks on the root and on the stacks of these module paths, once each."""
     present = {hook[0] for hook in state.hooks}
@@ -284,7 +332,7 @@ def remove_hooks(state: State) -> None:
             handle.remove()
     state.hooks.clear()
     state.batches.clear()
-    state.prompt = None
+    state.prompt = state.packed = None
 
 
 def _join(virtual: Tensor, real: Tensor, where: str) -> Tensor:

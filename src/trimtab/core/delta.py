@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.batch import Batch
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.method import Method, WeightMethod
 from trimtab.core.site import Base, Edited, Known, splice
 
 if TYPE_CHECKING:
-    from trimtab.core.batch import Batch
     from trimtab.core.format import Format
     from trimtab.core.select import Place
 
@@ -133,6 +133,8 @@ class State:
     batches: dict[str, Batch] = field(default_factory=dict)
     prompt: Tensor | None = None
     prompt_held: bool = False
+    packed: tuple[Tensor, Tensor] | None = None
+    """Of a running pack, (1, tokens) each: where a token stands in its row, and how many prompt tokens the row has."""
     hooks: list[Any] = field(default_factory=list)
     padded: list[Any] = field(default_factory=list)
     """torch's encoders that would pack padded rows into nested tensors, which no method takes; kept from it."""
@@ -155,18 +157,36 @@ class State:
 class Deltas(nn.ModuleDict):
     """The deltas of one module in the order they were attached; what the swapped class calls."""
 
+    way: ClassVar[str] = "through its forward"
+    """How they edit their module, in words; there is one way a module."""
     state: State
     stack: str
     width: int
     hook: Any
+    sources: tuple[str, ...]
+    """What methods here read beside the site's input."""
+    ears: dict[str, Any]
+    """Source -> the hook where it passes by."""
+    heard: dict[str, Tensor]
+    """What passed by in the running forward; forgotten when the site is done, since it would be held for nothing."""
 
     def __init__(self, state: State, stack: str) -> None:
         super().__init__()
         self.__dict__["state"], self.__dict__["stack"] = state, stack
+        self.__dict__["sources"], self.__dict__["ears"], self.__dict__["heard"] = (), {}, {}
 
     @property
     def batch(self) -> Batch | None:
-        return self.state.batches.get(self.stack)
+        batch = self.state.batches.get(self.stack)
+        if not self.sources:
+            return batch
+        missing = [source for source in self.sources if source not in self.heard]
+        if missing:
+            raise UserError(
+                f"forward: {listing(missing)} did not pass by before the site that reads it",
+                fix="name modules by their path in `where`, whose own input is read then",
+            )
+        return replace(batch or Batch(), sources=dict(self.heard))
 
     def over(self, base: Base, names: Sequence[str]) -> Base:
         """The base with the deltas of these adapters stacked on it."""
@@ -177,7 +197,9 @@ class Deltas(nn.ModuleDict):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         if self.state.rows is None:
-            return self.over(base, self.state.active)(x)
+            out = self.over(base, self.state.active)(x)
+            self.heard.clear()
+            return out
         y = base(x)
         out = y
         for names, rows in self.state.row_groups(x.shape[0]):
@@ -187,6 +209,7 @@ class Deltas(nn.ModuleDict):
                 batch = base.batch.of_rows(names, index) if base.batch is not None else None
                 edited = self.over(Known(base, None, part, y.index_select(0, index), batch), names)
                 out = out.index_copy(0, index, edited(part))
+        self.heard.clear()
         return out
 
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from trimtab.core.site import is_conv1d
 
 CONTRIBUTIONS = frozenset({"attn", "ffn", "cross.attn"})
+"""What sub-layers add to the residual stream."""
+SINGLE = CONTRIBUTIONS | {"stream"}
 """Roles that name one module per block: the first pattern that exists wins. Other roles take all that exist."""
 
 
@@ -41,7 +43,7 @@ class Family:
     blocks: Mapping[str, str | None]
     """End of the path of each list of blocks -> name of its stack (None where there is only one)."""
     roles: Mapping[str, str | tuple[str, ...]]
-    """Role -> path or paths inside a block. `attn`, `ffn`, `cross.attn`: first that exists; else all that exist."""
+    """Role -> path or paths inside a block. Those in `SINGLE`: first that exists; else all that exist."""
     fused: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)
     """Path of a fused weight -> its parts in row order -> their share of the rows (a number or a config field).
 
@@ -52,6 +54,9 @@ class Family:
     """Raw expert parameters stored (experts, in, out) instead of (experts, out, in)."""
     outside: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Roles of modules outside the blocks, `embed` above all."""
+    enters: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """`attn`, `ffn`, `cross.attn` -> the module of a block whose input is the residual stream as this sub-layer takes
+    it in: the norm in front of it, or where there is none the sub-layer's own first module. First that exists."""
 
 
 def paths_of(patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -219,6 +224,14 @@ STACKS = (
     ("decoder", re.compile(r"decoder", re.IGNORECASE)),
     ("encoder", re.compile(r"encoder", re.IGNORECASE)),
 )
+BEFORE: Mapping[str, re.Pattern[str]] = {
+    "attn": re.compile("(pre_?)?(self_?)?att(entio)?n_(layer_?)?norm|input_layer_?norm|(ln|norm|layer_?norm)_?1"),
+    "ffn": re.compile(
+        "(pre_?)?(mlp|ffn|ff|feed_?forward)_(layer_?)?norm|pre_(mlp|feedforward)_layer_?norm|"
+        "post_attention_layer_?norm|(ln|norm|layer_?norm)_?2"
+    ),
+}
+"""What a norm in front of a sub-layer is called."""
 POSITIONS = re.compile(r"pos|type|segment|time", re.IGNORECASE)
 
 
@@ -233,6 +246,7 @@ def guess(model: nn.Module) -> Family:
     lists = _block_lists(model)
     roles: dict[str, list[str]] = {}
     outside: dict[str, list[str]] = {}
+    enters: dict[str, list[str]] = {}
     fused: dict[str, Mapping[str, int | str]] = {}
     transposed: list[str] = []
 
@@ -247,6 +261,8 @@ def guess(model: nn.Module) -> Family:
         for member in members:
             for role, inner in _block_roles(member, fused, transposed):
                 put(roles, role, limit + inner)
+            for role, inner in _entrances(member):
+                put(enters, role, limit + inner)
     for path, module in walk(model):
         if any(within(path, outer) for outer in lists):
             continue
@@ -262,6 +278,7 @@ def guess(model: nn.Module) -> Family:
         fused=fused,
         transposed=tuple(transposed),
         outside={role: tuple(paths) for role, paths in outside.items()},
+        enters={role: tuple(paths) for role, paths in enters.items()},
     )
 
 
@@ -355,6 +372,8 @@ def _block_roles(
         if crossed:
             yield "cross.attn", "dropout2"
         yield "ffn", "dropout3" if crossed else "dropout2"
+        if not block.norm_first:
+            yield "stream", "norm3" if crossed else "norm2"
         return
     mixtures = {path.rpartition(".")[0].rpartition(".")[0] for role, path in found if role.startswith("expert_")}
     for path in sorted(mixtures):
@@ -366,6 +385,24 @@ def _block_roles(
             yield role[:-1] + "attn", path.removesuffix(".out_proj.weight") if raw else path
         elif role == "down" and not any(within(path, mixture) for mixture in mixtures):
             yield "ffn", path
+
+
+def _entrances(block: nn.Module) -> Iterator[tuple[str, str]]:
+    """(sub-layer, the module whose input is the residual stream in front of it) of a block no table describes.
+
+    Norms count whose name says what they stand before; a norm that runs behind its sub-layer has not been passed when
+    that one runs, which is an error then.
+    """
+    if isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        crossed = isinstance(block, nn.TransformerDecoderLayer)
+        first = ["norm1", *(["norm2"] if crossed else []), "norm3" if crossed else "norm2"]
+        plain = ["self_attn", *(["multihead_attn"] if crossed else []), "linear1"]
+        roles = ["attn", *(["cross.attn"] if crossed else []), "ffn"]
+        yield from zip(roles, first if block.norm_first else plain, strict=True)
+        return
+    for name, child in block._modules.items():
+        if child is not None and kind(child) == "norm":
+            yield from ((role, name) for role, words in BEFORE.items() if words.fullmatch(name.lower()))
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Module]:

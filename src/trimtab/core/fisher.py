@@ -26,8 +26,25 @@ def fisher(
     model's flags and mode are restored. `loss(model, row)` defaults to `model(**row).loss`. Errors: quantized weights,
     which have no gradient, and no batch at all.
     """
-    rows = ({key: value[n : n + 1] for key, value in batch.items()} for batch in batches for n in range(size(batch)))
+    rows = (row for batch in batches for row in rows_of(batch))
     return summed("fisher", model, rows, where, loss, lambda total, grad: total.addcmul_(grad, grad))
+
+
+def hardest_fisher(
+    model: nn.Module, batches: Batches, where: str = "all-linear", *, loss: Loss | None = None
+) -> dict[str, Tensor]:
+    """`fisher` of the rows with the highest loss: a tenth of them, at least 3 and at most 25; arXiv 2311.03748."""
+    rows = [row for batch in batches for row in rows_of(batch)]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            losses = [float(model(**row).loss if loss is None else loss(model, row)) for row in rows]
+    finally:
+        model.train(training)
+    count = min(max(len(rows) // 10, 3), 25)
+    hardest = sorted(range(len(rows)), key=lambda n: (-losses[n], n))[:count]
+    return fisher(model, [rows[n] for n in hardest], where, loss=loss)
 
 
 def gradient(
@@ -133,15 +150,19 @@ def covariance(
 
 MEASURES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "fisher": fisher,
+    "hardest_fisher": hardest_fisher,
     "gradient": gradient,
     "covariance": covariance,
 }
 """What `Method.statistics` can name."""
 
 
-def size(batch: Mapping[str, Any]) -> int:
-    """Rows of a batch."""
-    return len(next(iter(batch.values())))
+def rows_of(batch: Any) -> list[Any]:
+    """The rows of a batch, one by one; a batch that is no mapping is a single row in a form of its own."""
+    if not isinstance(batch, Mapping):
+        return [batch]
+    rows = len(next(iter(batch.values())))
+    return [{key: value[n : n + 1] for key, value in batch.items()} for n in range(rows)]
 
 
 def parameter_of(model: nn.Module, place: Place) -> tuple[Any, Callable[[Tensor], Tensor]]:
@@ -158,4 +179,4 @@ def parameter_of(model: nn.Module, place: Place) -> tuple[Any, Callable[[Tensor]
 def canonical(total: Tensor, place: Place, turn: Callable[[Tensor], Tensor]) -> Tensor:
     """A stored-shape tensor as (out, in), cut to the rows of a slice."""
     W = turn(total)
-    return W if place.rows is None else W[place.rows[0] : place.rows[1]].clone()
+    return W if place.rows is None else W[..., place.rows[0] : place.rows[1], :].clone()

@@ -5,22 +5,25 @@ Which one is used follows from the host alone, never from the method:
     forward   Linear, Conv1D, Embedding, Conv, and any opaque module: its class's forward calls the deltas
     weight    weights that are read raw (attention's in_proj, 3-D experts, norms, grouped conv): the parameter becomes a
               property that returns the edited weight, while the stored one keeps its name in the state dict
+    attention what the queries of an attention module find: `trimtab.core.attention`
     hook      a module whose class cannot change (TorchScript): a forward hook calls the deltas
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.attention import AttentionDeltas, edited_attention
 from trimtab.core.batch import follow
 from trimtab.core.delta import Cast, Delta, Deltas, State
 from trimtab.core.errors import UserError
-from trimtab.core.select import Place
+from trimtab.core.select import Place, Reading
 from trimtab.core.site import (
     Base,
     Conv1DBase,
@@ -73,6 +76,11 @@ def edited_opaque(cls: type) -> dict[str, Any]:
     return {"forward": forward, **(iterated if issubclass(cls, nn.Sequential) else {})}
 
 
+def input_name(kwargs: Any) -> str:
+    """The keyword under which a module gets what it works on."""
+    return next((name for name in INPUT_NAMES if name in kwargs), None) or next(iter(kwargs))
+
+
 def run_opaque(module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call the deltas of an opaque module, passing on all other arguments and outputs."""
     deltas: Any = module.delta
@@ -81,7 +89,7 @@ def run_opaque(module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: 
     if args:
         x, args = args[0], args[1:]
     else:
-        name = next((name for name in INPUT_NAMES if name in kwargs), None) or next(iter(kwargs))
+        name = input_name(kwargs)
         kwargs = dict(kwargs)
         x = kwargs.pop(name)
     base = OpaqueBase(module, inner, deltas.batch, args, kwargs, deltas.width)
@@ -138,6 +146,7 @@ def raw_weight(module: nn.Module, place: Place) -> RawWeight:
 class RawDeltas(Deltas):
     """Deltas on raw weights: computes the edited parameters, once per forward of their module."""
 
+    way: ClassVar[str] = "as a raw weight"
     layouts: dict[str, RawWeight]
     ready: dict[str, Tensor | None]
 
@@ -241,34 +250,70 @@ def is_raw(module: nn.Module, place: Place) -> bool:
 
 def install(module: nn.Module, place: Place, delta: Delta, key: str, state: State, stack: str, width: int) -> None:
     """Add one delta to a module, swapping its class the first time."""
-    raw = is_raw(module, place)
+    kind = deltas_class(module, place)
+    raw = kind is RawDeltas
     if "delta" not in module._modules:
         if hasattr(module, "delta"):
             raise UserError(f"attach: {place.name} already has an attribute named `delta`")
-        deltas = RawDeltas(state, stack) if raw else Deltas(state, stack)
+        deltas = kind(state, stack)
         deltas.__dict__["width"], deltas.__dict__["hook"] = width, None
         module.add_module("delta", deltas)
         try:
             if raw:
                 names = [n for n in module._parameters if module._parameters[n] is not None or n.endswith("bias")]
                 swap(module, edited_weights, tuple(names))
+            elif kind is AttentionDeltas:
+                swap(module, edited_attention)
             else:
                 swap(module, edited_forward if host_class(module) else edited_opaque)
         except TypeError:
             deltas.__dict__["hook"] = module.register_forward_hook(delta_hook, with_kwargs=True)
     present: Any = module._modules["delta"]
+    present.__dict__["stack"] = present.stack or stack  # the first method here may not have wanted one
     if raw:
         present.layouts[key] = raw_weight(module, place)
     present[key] = delta
 
 
+def listen(model: nn.Module, deltas: Deltas, source: str, reading: Reading) -> None:
+    """Tell the deltas of a module what passes by elsewhere in its block; one hook per source."""
+    if source in deltas.ears:
+        return
+    module = model.get_submodule(reading.module)
+    if reading.entering:
+        hook = partial(hear_input, deltas, source)
+        deltas.ears[source] = module.register_forward_pre_hook(hook, with_kwargs=True)
+    else:
+        deltas.ears[source] = module.register_forward_hook(partial(hear_output, deltas, source, reading.rows))
+    deltas.__dict__["sources"] = tuple(deltas.ears)
+
+
+def hear_input(deltas: Deltas, source: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook: keeps a module's first input for a site further on."""
+    deltas.heard[source] = args[0] if args else kwargs[input_name(kwargs)]
+
+
+def hear_output(
+    deltas: Deltas, source: str, rows: tuple[int, int] | None, module: nn.Module, args: Any, output: Any
+) -> None:
+    """Forward hook: keeps a module's first output, or rows of it, for a site further on."""
+    y = output[0] if isinstance(output, tuple) else output
+    deltas.heard[source] = y if rows is None else y[..., rows[0] : rows[1]]
+
+
+def deltas_class(module: nn.Module, place: Place) -> type[Deltas]:
+    """What holds the deltas of a place's module."""
+    if place.kind == "attention":
+        return AttentionDeltas
+    return RawDeltas if is_raw(module, place) else Deltas
+
+
 def clash(module: nn.Module, place: Place) -> str | None:
-    """Why a place cannot take a further delta: its module is already edited the other way. None if it can."""
-    deltas = module._modules.get("delta")
-    if deltas is None or is_raw(module, place) == isinstance(deltas, RawDeltas):
+    """Why a place cannot take a further delta: its module is already edited another way. None if it can."""
+    deltas: Any = module._modules.get("delta")
+    if deltas is None or deltas_class(module, place).way == deltas.way:
         return None
-    how = "as a raw weight" if isinstance(deltas, RawDeltas) else "through its forward"
-    return f"{place.name} is already edited {how}"
+    return f"{place.name} is already edited {deltas.way}"
 
 
 def stand_aside(module: nn.Module) -> None:
@@ -282,12 +327,16 @@ def no_change(module: nn.Module, args: Any) -> None:
     """A forward pre-hook without effect."""
 
 
-def uninstall(module: nn.Module, adapter: str) -> None:
-    """Remove one adapter's deltas from a module; the last one restores its class."""
+def uninstall(module: nn.Module, adapter: str, gone: Collection[str] | None = None) -> None:
+    """Remove one adapter's deltas from a module, or those under the keys `gone`; the last one restores its class."""
     deltas: Any = module._modules["delta"]
-    for key in [key for key, delta in deltas.items() if delta.adapter == adapter]:
-        del deltas[key]
-        deltas.__dict__.get("layouts", {}).pop(key, None)
+    for key, delta in list(deltas.items()):
+        if delta.adapter == adapter and (gone is None or key in gone):
+            del deltas[key]
+            deltas.__dict__.get("layouts", {}).pop(key, None)
+    for source in set(deltas.ears) - {delta.method.source for delta in deltas.values()}:
+        deltas.ears.pop(source).remove()
+    deltas.__dict__["sources"] = tuple(deltas.ears)
     if not len(deltas):
         guard, hook = deltas.__dict__.get("guard"), deltas.__dict__.get("hook")
         if guard is not None:
@@ -297,6 +346,16 @@ def uninstall(module: nn.Module, adapter: str) -> None:
         else:
             unswap(module)
         del module._modules["delta"]
+
+
+def frozen_base(module: nn.Module, place: Place) -> Base:
+    """The Base of a module that is called, below any deltas on it."""
+    cls: Any = type(module)
+    while "_origin" in vars(cls) and cls._origin[1] is not edited_forward:
+        cls = cls._origin[0]
+    inner = inner_forward(module, cls._origin[0] if "_origin" in vars(cls) else type(module))
+    host = host_class(module)
+    return plain_base(module, place, 0) if host is None else host(module, inner)
 
 
 def plain_base(module: nn.Module, place: Place, width: int, deltas: Deltas | None = None) -> Base:

@@ -13,7 +13,7 @@ is a body, a dict is a nested group. `base` is the frozen thing seen through `tr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,15 +41,20 @@ class Method(ABC):
     width_power: ClassVar[float] = 0.0
     """1 where matrices train, whose best rate under Adam falls as 1/width (arXiv 2203.03466); 0 for vectors."""
     hosts: ClassVar[frozenset[str]] = frozenset({"linear"})
-    """Kinds of site it can sit on: linear, embedding, conv, norm, opaque."""
+    """Kinds of site it can sit on: linear, embedding, conv, norm, attention, opaque."""
     mergeable: ClassVar[bool] = False
     """Whether the trained delta folds into the frozen weight."""
     elastic: ClassVar[frozenset[str]] = frozenset()
     """Names of tensors whose shape is chosen from data at init, so a file decides it at load."""
     statistics: ClassVar[str | None] = None
     """What must be measured on the model before `init` (`fisher`), else None."""
+    on_bias: ClassVar[bool] = False
+    """Whether it sits only where there is a bias already; other places that `where` names are passed over."""
     takes_out: ClassVar[bool] = False
     """Whether a product is taken out of the frozen weight at the start, so that quantizing has to know of it."""
+    source: ClassVar[str] = ""
+    """What it reads beside its site's input, as `base.batch.sources[source]`: `stream`, the residual stream where its
+    sub-layer takes it in, or a role of its attention (`q`), whose output is meant."""
     laws: ClassVar[Mapping[str, str]] = {}
     """Laws this method does not obey, each with the reason; shown in the docs."""
 
@@ -86,8 +91,20 @@ class Method(ABC):
         return None
 
     def stale(self, p: Any, step: int) -> Sequence[Tensor]:
-        """Trained tensors that `on_step` drew anew at this step: the optimizer forgets them; none by default."""
+        """Trained tensors that `on_step` or `settle` drew anew at this step: the optimizer forgets them; often none."""
         return ()
+
+    def due(self, step: int | None) -> bool:
+        """Whether `settle` wants to be called after this step (None: after the last one); never by default."""
+        return False
+
+    def settle(self, sites: Mapping[str, Any], statistics: Mapping[str, Tensor], step: int | None) -> None:
+        """Decide something over all sites (name -> p) together, with what `statistics` names measured again."""
+        return None
+
+    def bake(self, p: Any) -> tuple[Method, dict[str, Tensor]] | None:
+        """The method without what only training needs, and its tensors at this site; None when all of it is needed."""
+        return None
 
     def rate(self, width: int) -> float:
         """The default learning rate for a model of this residual width, to two digits."""
@@ -107,6 +124,18 @@ class Placed:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.method, self.where))
+
+
+class Parts(tuple[Placed, ...]):
+    """The parts of a preset that also wants something of the recipe: `recipe` holds keys and values, which the recipe's
+    own go before. Attached to a model, it is a tuple like any other."""
+
+    recipe: Mapping[str, Any]
+
+    def __new__(cls, parts: Iterable[Placed], recipe: Mapping[str, Any]) -> Parts:
+        made = super().__new__(cls, parts)
+        made.recipe = recipe
+        return made
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""y = x Wᵀ + b + (x Aᵀ)Bᵀ in one autograd function: the product of every low-rank method on a frozen dense weight.
+"""y = x Wᵀ + b + (x Aᵀ)Bᵀ in one autograd function: the product of every low-rank method on frozen dense weights.
 
 The same numbers as the plain expression, with less around them: the low-rank term is added into the frozen output by
-the matrix product itself, so are both parts of the input's gradient, and B's gradient is taken transposed. Matrix
-libraries are several times slower per multiplication on panels narrower than 16, hence the padding on a CPU.
+the matrix product itself, so are all parts of the input's gradient, and B's gradient is taken transposed. Several
+linears that read one input share the panel of their A's. Matrix libraries are several times slower per multiplication
+on panels narrower than 16, hence the padding on a CPU.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,17 @@ from trimtab.core.remake import kept, kept_tensors
 from trimtab.core.site import Base, LinearBase
 
 NARROW = 16
+LARGE = 1 << 16
+"""Entries of a frozen weight from which oneDNN is asked: below, its set-up costs more than it saves."""
+
+
+class Panel(NamedTuple):
+    """A frozen linear W (out, in) and b (out), with low-rank factors A (rank, in) and B (out, rank) or without."""
+
+    W: Tensor
+    b: Tensor | None
+    A: Tensor | None = None
+    B: Tensor | None = None
 
 
 def low_rank_product(x: Tensor, base: Base, A: Tensor, B: Tensor) -> Tensor:
@@ -25,7 +38,12 @@ def low_rank_product(x: Tensor, base: Base, A: Tensor, B: Tensor) -> Tensor:
     W = frozen_weight(base, x)
     if W is None or A.dtype != W.dtype or B.dtype != W.dtype:
         return base(x) + base.affine(x, A) @ B.mT
-    return _LowRank.apply(x, W, base.bias, A, B)
+    return low_rank_products(x, [Panel(W, base.bias, A, B)])[0]
+
+
+def low_rank_products(x: Tensor, panels: Sequence[Panel]) -> tuple[Tensor, ...]:
+    """x W_iᵀ + b_i + (x A_iᵀ)B_iᵀ of several linears that read the same x (..., in)."""
+    return _LowRank.apply(x, *(tensor for panel in panels for tensor in panel))
 
 
 def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
@@ -38,44 +56,95 @@ def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
         return None
     module = base.module
     W, b = module._parameters.get("weight"), module._parameters.get("bias")
-    origin = getattr(type(module), "_origin", (type(module),))[0]
-    plain = origin.forward is nn.Linear.forward and "_inner_forward" not in module.__dict__
+    cls = type(module)
+    while vars(cls).get("_transparent"):
+        cls = cls._origin[0]
+    plain = getattr(cls, "_origin", (cls,))[0].forward is nn.Linear.forward and "_inner_forward" not in module.__dict__
     if not plain or type(W) is not nn.Parameter or type(x) not in (Tensor, nn.Parameter) or W.dtype != x.dtype:
         return None
     trained = W.requires_grad or (b is not None and b.requires_grad)
     return None if trained or torch.is_autocast_enabled(x.device.type) else W
 
 
-def wide(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) with zero rows and columns up to a rank that the CPU's matrix products like."""
-    missing = -A.shape[0] % NARROW if A.device.type == "cpu" and A.shape[0] < NARROW else 0
-    return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing else (A, B)
+def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for x (rows, in) and W (out, in), without gradients: by oneDNN where that is the faster library."""
+    large = x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] >= NARROW and W.numel() >= LARGE
+    if large and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.enabled:
+        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
+    return F.linear(x, W, b)
+
+
+def wide(panels: Sequence[Panel]) -> tuple[Tensor | None, list[Tensor | None], list[int]]:
+    """All A's as one panel (ranks, in); each B (out, ranks) with zero columns but for its own; where each begins.
+
+    Zero rows fill the panel up to a rank that the CPU's matrix products like.
+    """
+    ranks = [0 if one.A is None else one.A.shape[0] for one in panels]
+    starts, total = [sum(ranks[:at]) for at in range(len(ranks))], sum(ranks)
+    whole = [one.A for one in panels if one.A is not None]
+    if not whole:
+        return None, [None] * len(panels), starts
+    missing = -total % NARROW if whole[0].device.type == "cpu" else 0
+    if missing:
+        whole.append(whole[0].new_zeros(missing, whole[0].shape[1]))
+    A = whole[0] if len(whole) == 1 else torch.cat(whole)
+    Bs = [
+        None if one.B is None else F.pad(one.B, (start, total + missing - start - rank))
+        for one, start, rank in zip(panels, starts, ranks, strict=True)
+    ]
+    return A, Bs, starts
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        panels = [Panel(*tensors[at : at + 4]) for at in range(0, len(tensors), 4)]  # type: ignore[arg-type]
         rows = x.reshape(-1, x.shape[-1])
-        wide_A, wide_B = wide(A, B)
-        h = rows @ wide_A.mT  # (tokens, rank)
-        y = F.linear(rows, W, b)
-        y.addmm_(h, wide_B.mT)
-        kept(ctx, x, W, A, B, h)
-        return y.view(*x.shape[:-1], W.shape[0])
+        A, Bs, _ = wide(panels)
+        h = None if A is None else rows @ A.mT  # (tokens, ranks)
+        outputs = []
+        for one, B in zip(panels, Bs, strict=True):
+            y = product(rows, one.W, one.b)
+            if h is not None and B is not None:
+                y.addmm_(h, B.mT)
+            outputs.append(y.view(*x.shape[:-1], one.W.shape[0]))
+        ctx.shape = x.shape
+        ctx.lone = [one.A is None for one in panels]
+        ctx.set_materialize_grads(False)
+        saved = [tensor for one in panels for tensor in (one.W, one.A, one.B) if tensor is not None]
+        ctx.count = len(saved) + (h is not None)
+        kept(ctx, x, *saved, *([] if h is None else [h]))
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, A, B, h = kept_tensors(ctx, 4)
-        rank = A.shape[0]
-        wide_A, wide_B = wide(A, B)
-        dy = dy.reshape(-1, dy.shape[-1])
-        g = dy @ wide_B  # (tokens, rank)
-        dx = dA = dB = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ W).addmm_(g, wide_A).view(x.shape)
-        if ctx.needs_input_grad[3]:
-            dA = (g.mT @ x.reshape(-1, x.shape[-1]))[:rank]
-        if ctx.needs_input_grad[4]:
-            dB = (h.mT @ dy)[:rank].mT
-        return dx, None, None, dA, dB
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *saved = kept_tensors(ctx, ctx.count)
+        h = saved.pop() if not all(ctx.lone) else None
+        found = iter(saved)
+        panels = [
+            Panel(next(found), None) if lone else Panel(next(found), None, next(found), next(found))
+            for lone in ctx.lone
+        ]
+        A, Bs, starts = wide(panels)
+        grads: list[Tensor | None] = [None] * (4 * len(panels))
+        dx = g = None
+        for index, (one, B, start, dy) in enumerate(zip(panels, Bs, starts, dys, strict=True)):
+            if dy is None:
+                continue
+            dy = dy.reshape(-1, dy.shape[-1])
+            if ctx.needs_input_grad[0]:
+                dx = product(dy, one.W.mT) if dx is None else dx.addmm_(dy, one.W)
+            if B is not None and h is not None:
+                g = dy @ B if g is None else g.addmm_(dy, B)  # (tokens, ranks)
+                if ctx.needs_input_grad[4 * index + 4]:
+                    grads[4 * index + 3] = (h.mT @ dy)[start : start + len(one.A)].mT  # type: ignore[arg-type]
+        if g is not None and A is not None:
+            if dx is not None:
+                dx.addmm_(g, A)
+            if any(ctx.needs_input_grad[4 * index + 3] for index in range(len(panels))):
+                dA = g.mT @ x.reshape(-1, x.shape[-1])
+                for index, (one, start) in enumerate(zip(panels, starts, strict=True)):
+                    if one.A is not None and ctx.needs_input_grad[4 * index + 3]:
+                        grads[4 * index + 2] = dA[start : start + len(one.A)]
+        return (None if dx is None else dx.view(ctx.shape)), *grads

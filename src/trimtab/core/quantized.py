@@ -320,10 +320,10 @@ def quantize(
 def quantize_module(module: nn.Module, format: Format) -> nn.Module:
     """Store the weight of one linear layer in `format`, in place; returns it. Errors as in `quantize`."""
     try:
-        _check(module, format, {})
+        code = Code.of(_weight_of(module), format)
     except UserError as error:
         raise UserError(f"quantize: {error.message}", fix=error.fix) from None
-    _encode(module, format)
+    _install(module, code)
     return module
 
 

@@ -13,18 +13,24 @@ from typing import Any
 from trimtab.core.errors import UserError, listing, nearest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"start": "methods/start"}
+FOLDERS = {"start": "methods/start", "active": "optim/active"}
 """Where the files of a kind are, if not in the folder of its name."""
-WORDS = {"methods": "method", "start": "start", "storage": "storage format"}
+WORDS = {
+    "methods": "method",
+    "start": "start",
+    "storage": "storage format",
+    "optim": "optimizer",
+    "active": "schedule of what trains",
+}
 _outside: dict[str, type] = {}
 
 
 @cache
 def _files(kind: str) -> dict[str, str]:
-    """name -> module path of every file of `methods`, `start` or `storage`, without importing any."""
-    found = {}
-    for path in sorted((ROOT / FOLDERS.get(kind, kind)).rglob("*.py")):
-        if not path.stem.startswith("_") and (kind == "start" or path.parent.name != "start"):
+    """name -> module path of every file of a kind, without importing any."""
+    found, home = {}, ROOT / FOLDERS.get(kind, kind)
+    for path in sorted(home.rglob("*.py")):
+        if not path.stem.startswith("_") and (path.parent == home or path.parent.name not in FOLDERS):
             found[path.stem] = ".".join(("trimtab", *path.relative_to(ROOT).with_suffix("").parts))
     return found
 
@@ -74,15 +80,16 @@ def to_json(value: Any) -> Any:
 
 
 def kind_of(cls: type) -> str:
-    """`storage`, `start` or `methods`: what a class is registered as."""
+    """`methods`, `start`, `storage`, `optim` or `active`: what a class is registered as."""
     kinds = {"trimtab.storage": "storage", "trimtab.methods.start": "start"}
+    kinds |= {"trimtab.optim.active": "active", "trimtab.optim": "optim"}
     return next((kind for home, kind in kinds.items() if cls.__module__.startswith(home)), "methods")
 
 
 def from_json(data: Any) -> Any:
     """The inverse of `to_json`; an unknown name or field is an error naming the nearest known one."""
     if isinstance(data, Mapping):
-        for kind in ("methods", "storage", "start"):
+        for kind in WORDS:
             if kind in data:
                 fields = {key: from_json(item) for key, item in data.items() if key != kind}
                 return make(find(data[kind], kind), fields)

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from trimtab.core.delta import Adapter, Delta, Group, Part, State, build, check_
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.format import Format
 from trimtab.core.quantized import Taken, check_modules, same_branch
-from trimtab.core.registry import from_json, to_json
+from trimtab.core.registry import from_json, name_of, to_json
 from trimtab.core.select import Place
 from trimtab.core.site import OpaqueBase, RawBase, Site
 
@@ -43,9 +43,17 @@ VERSION = 1
 
 
 def save(
-    model: nn.Module, directory: str | Path, name: str = "default", *, notes: Mapping[str, Any] | None = None
+    model: nn.Module,
+    directory: str | Path,
+    name: str = "default",
+    *,
+    bake: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one adapter to a directory, which is made if needed; `notes` (plain data) are kept in the record.
+
+    With `bake`, what only training needs is left out (the network that makes a prefix): the file computes the same, is
+    small, and trains on as what it holds. Without it training goes on exactly.
 
     Both files are complete on disk before either takes its final name, so a full disk or a kill leaves the old ones.
     In a sharded model every process has to call this; tensors are gathered, and the first process writes.
@@ -55,11 +63,13 @@ def save(
     state = require_state(model, "save")
     check_names(state, [name], "save")
     target = Path(directory)
-    tensors = {key: whole(value.detach()).cpu().contiguous() for key, value in adapter_tensors(model, name).items()}
+    adapter = state.adapters[name]
+    adapter, held = baked(model, adapter) if bake else (adapter, adapter_tensors(model, name))
+    tensors = {key: whole(value.detach()).cpu().contiguous() for key, value in held.items()}
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return target
     blob = to_bytes(tensors, metadata={"format": "pt"})
-    record = describe(model, state.adapters[name]) | {"sha256": hashlib.sha256(blob).hexdigest(), "notes": notes or {}}
+    record = describe(model, adapter) | {"sha256": hashlib.sha256(blob).hexdigest(), "notes": notes or {}}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_together(target, {TENSORS: blob, RECORD: text.encode()})
     return target
@@ -97,21 +107,76 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
         ) from None
 
 
+@torch.no_grad()
+def baked(model: nn.Module, adapter: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter without what only training needs, and its tensors by their keys in the file."""
+    state = require_state(model, "save")
+    tensors, parts = adapter_tensors(model, adapter.name), []
+    for part in adapter.parts:
+        slot = batches.slot_name(adapter.name, part.label)
+        group: Any = model._modules.get(SHARED)
+        shared = gathered(group[slot]) if group is not None and slot in group else None
+        done = []
+        for delta in deltas_of(model, state, adapter.name, part):
+            p = gathered(delta)
+            p.__dict__["shared"] = shared
+            done.append(part.method.bake(p))
+        methods = {one[0] for one in done if one is not None}
+        if len(methods) != 1 or None in done:
+            parts.append(part)
+            continue
+        label = name_of(type(next(iter(methods))))
+        taken = {one.label for one in adapter.parts if one is not part} | {one.label for one in parts}
+        label = part.label if label in taken else label
+        parts.append(dataclasses.replace(part, method=next(iter(methods)), label=label))
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{part.label}.")}
+        for place, one in zip(part.places, done, strict=True):
+            if one is not None:
+                tensors |= {f"{label}.{place.name}.{key}": value for key, value in one[1].items()}
+    return dataclasses.replace(adapter, parts=parts), tensors
+
+
+def gathered(group: Group) -> Any:
+    """The tensors of a group, whole where they are sharded, read by attribute as it is."""
+    made = Group({})
+    for name, value in [*group._parameters.items(), *group._buffers.items()]:
+        made.register_buffer(name, None if value is None else whole(value.detach()))
+    for name, inner in group._modules.items():
+        made.add_module(name, gathered(inner) if isinstance(inner, Group) else inner)
+    return made
+
+
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter by its key in the file."""
+    found: dict[str, Tensor] = {}
+    for prefix, holder, _ in holders(model, name):
+        found |= {prefix + key: value for key, value in holder.state_dict().items()}
+    return found
+
+
+def holders(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Part]]:
+    """Whatever holds tensors of an adapter: the start of their keys in the file, the module, its part."""
     state = require_state(model, "save")
     check_names(state, [name], "save")
-    found: dict[str, Tensor] = {}
     for part in state.adapters[name].parts:
         for place, delta in zip(part.places, deltas_of(model, state, name, part), strict=True):
-            for key, value in delta.state_dict().items():
-                found[f"{part.label}.{place.name}.{key}"] = value
+            yield f"{part.label}.{place.name}.", delta, part
         group: Any = model._modules.get(SHARED)
         slot = batches.slot_name(name, part.label)
         if group is not None and slot in group:
-            for key, value in group[slot].state_dict().items():
-                found[f"{part.label}.@shared.{key}"] = value
-    return found
+            yield f"{part.label}.@shared.", group[slot], part
+
+
+def overwrite(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite every tensor of an adapter in place; an elastic one takes the shape it is given."""
+    with torch.no_grad():
+        for prefix, holder, part in holders(model, name):
+            for key, value in holder.state_dict(keep_vars=True).items():
+                given = tensors[prefix + key]
+                if value.shape != given.shape and key in part.method.elastic:
+                    value.data = given.to(value, copy=True)
+                else:
+                    value.copy_(given)
 
 
 def deltas_of(model: nn.Module, state: State, name: str, part: Part) -> list[Delta]:

@@ -4,7 +4,7 @@
 
 A term is one of
 
-    role          q k v o qkv  gate up down gate_up  attn ffn block  norm embed head
+    role          q k v o qkv  gate up down gate_up  attn ffn block stream  norm embed head  attention
                   cross.q cross.k cross.v cross.o cross.qkv cross.kv cross.attn        (attention to another stream)
                   expert_gate expert_up expert_down expert_gate_up                     (3-D expert tensors)
     all-linear    every linear of the model except the output head and whatever shares an embedding's weight; the raw
@@ -24,10 +24,12 @@ and may carry
 likewise. A role's name is never read as a path: a module that happens to be called `gate` is `*.gate`. Taking a part
 away from a chosen whole (`all-linear, !q` in GPT-2) leaves its other parts; a part chosen beside its whole is dropped.
 
-`attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the output
-projection, its dropout where that is a module of its own, and a norm that comes before the addition (Gemma 2 and 3,
-OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer. Some modules
-return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
+`attention` is what the queries of self-attention find, before `o`: the module around q, k and v where these are
+called. `attn`, `ffn` and `cross.attn` are the module whose output a sub-layer adds to the residual stream: after the
+output projection, its dropout where that is a module of its own, and a norm that comes before the addition (Gemma 2 and
+3, OLMo 2); before the addition and before a norm that comes after it (BERT). `block` is the whole layer, and `stream`
+what puts out the residual stream behind the feed-forward: the norm after the addition where there is one, else the
+block. Some modules return a tuple whose first entry is meant (T5's and MPNet's blocks, the MoE of gpt-oss).
 
 Every term has to match something, and everything that does not is told at once.
 """
@@ -35,6 +37,7 @@ Every term has to match something, and everything that does not is told at once.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +48,7 @@ from torch import nn
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.family import (
     CONTRIBUTIONS,
+    SINGLE,
     Family,
     guess,
     is_raw_projection,
@@ -60,27 +64,31 @@ from trimtab.core.family import (
 )
 
 ROLES = (
-    *("q", "k", "v", "o", "qkv", "gate", "up", "down", "gate_up", "attn", "ffn", "block", "norm", "embed", "head"),
+    *("q", "k", "v", "o", "qkv", "gate", "up", "down", "gate_up", "attn", "ffn", "block"),
+    *("stream", "norm", "embed", "head", "attention"),
     *("cross.q", "cross.k", "cross.v", "cross.o", "cross.qkv", "cross.kv", "cross.attn"),
     *("expert_gate", "expert_up", "expert_down", "expert_gate_up"),
 )
 """Every role there is. A family has some of them."""
-KINDS = ("linear", "embedding", "conv", "norm", "raw", "opaque")
+KINDS = ("linear", "embedding", "conv", "norm", "raw", "attention", "opaque")
 """Kinds of place. `raw` is a parameter without a module to call; `opaque` is known by its output only."""
+WEIGHTLESS = ("attention", "opaque")
 TOGETHER: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q", "k", "v"),
     "cross.qkv": ("cross.q", "cross.k", "cross.v"),
     "cross.kv": ("cross.k", "cross.v"),
     "gate_up": ("gate", "up"),
     "expert_gate_up": ("expert_gate", "expert_up"),
+    "stream": ("block",),
 }
-"""What a fused role means where it is not fused."""
+"""What a fused role means where it is not fused, and `stream` where no norm follows the addition."""
 PLURALS = {
     "linear": "linears",
     "embedding": "embeddings",
     "conv": "convolutions",
     "norm": "norms",
     "raw": "raw tensors",
+    "attention": "attentions",
     "opaque": "opaque modules",
 }
 
@@ -105,7 +113,7 @@ class Place:
     features: int | None = None
     """Width of the residual stream, for `attn`, `ffn`, `cross.attn` and `block`."""
     kind: str = "opaque"
-    """linear, embedding, conv, norm, raw, or opaque. `attn`, `ffn` and `block` are opaque whatever the module is."""
+    """linear, embedding, conv, norm, raw, attention or opaque. `attn`, `ffn`, `block` are opaque whatever they are."""
     transposed: bool = False
     """Whether a raw expert tensor is stored (experts, in, out) instead of (experts, out, in)."""
     tied: str | None = None
@@ -148,6 +156,52 @@ def stacks(model: nn.Module) -> dict[str | None, int]:
     return dict(_Anatomy(model).depth)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Where a value passes by that a method reads beside its site's own input."""
+
+    module: str
+    entering: bool
+    """Whether it is the module's first input, else its first output."""
+    rows: tuple[int, int] | None = None
+    """The output rows meant, for a part of a fused weight."""
+
+
+def readings(model: nn.Module, places: Sequence[Place], source: str) -> list[Reading | None]:
+    """Where `source` passes by for each place, in its own block; None where the place reads its own input.
+
+    `stream` is the residual stream as the sub-layer of an `attn`, `ffn` or `cross.attn` takes it in, any other source
+    the output of that role in the attention that an `o` ends. Other places (a path, a block) read their own input.
+    Raises one `UserError` for all places whose source is not known.
+    """
+    anatomy = _Anatomy(model)
+    found: list[Reading | None] = []
+    unknown = []
+    for place in places:
+        block, role = anatomy._block(place.module), place.role or ""
+        if source == "stream":
+            path = anatomy.enters.get((block, role))
+            found.append(None if path is None else Reading(path, True))
+            missing = path is None and role in CONTRIBUTIONS
+        else:
+            wanted, ends = role[:-1] + source, role in ("o", "cross.o")
+            there = [one for one in anatomy.places if one.role == wanted and anatomy._block(one.module) == block]
+            alone = len(there) == 1 and there[0].parameter is None
+            found.append(Reading(there[0].module, False, there[0].rows) if ends and alone else None)
+            missing = ends and not alone
+        if missing:
+            unknown.append(place.name)
+    if unknown:
+        what = (
+            "the residual stream enters the sub-layer of" if source == "stream" else f"the {source} is that belongs to"
+        )
+        raise UserError(
+            f"where {what} {listing(unknown, 3)} is not known of {anatomy.family}",
+            fix="name modules by their path, whose own input is read then",
+        )
+    return found
+
+
 # ---------------------------------------------------------------- what there is
 
 
@@ -167,6 +221,7 @@ class _Anatomy:
         self.roots: dict[str, str] = {}
         self.depth: dict[str | None, int] = {}
         self.family = ""
+        self.enters: dict[tuple[str, str], str] = {}
         self._found: dict[tuple[Any, ...], Place] = {}
         self._roles: dict[tuple[str, str | None], Place] = {}
         self._lookup()
@@ -211,13 +266,18 @@ class _Anatomy:
                 inner[block][path[len(block) + 1 :]] = None
         for block, (stack, _) in mine.items():
             contents = inner[block]
-            for role, patterns in sorted(family.roles.items(), key=lambda item: item[0] in CONTRIBUTIONS):
+            for role, patterns in sorted(family.roles.items(), key=lambda item: item[0] in SINGLE):
                 matches = [at for at in (_matches(contents, stack, text) for text in paths_of(patterns)) if at]
-                if role in CONTRIBUTIONS:
+                if role in SINGLE:
                     matches = matches[:1]
                 for target, part in (target for found in matches for target in found):
                     self._put(role, join(block, target), part, family, config)
             self._put("block", block, None, family, config)
+            for role, patterns in family.enters.items():
+                matches = [at for at in (_matches(contents, stack, text) for text in paths_of(patterns)) if at]
+                if matches:
+                    self.enters[block, role] = join(block, matches[0][0][0])
+            self._put_attention(block)
         for role, patterns in family.outside.items():
             for text in paths_of(patterns):
                 wanted, _, part = text.partition(":")
@@ -255,7 +315,7 @@ class _Anatomy:
                 yield join(path, name)
 
     def _put(self, role: str, path: str, part: str | None, family: Family, config: object) -> None:
-        hidden = role in CONTRIBUTIONS or role == "block"
+        hidden = role in SINGLE or role == "block"
         if path in self.modules:
             module, parameter = path, None
             site = "opaque" if hidden else self.kinds[path]
@@ -281,6 +341,18 @@ class _Anatomy:
             self._add(whole)
         elif part in ranges:
             self._add(replace(whole, part=part, rows=ranges[part], role=role))
+
+    def _put_attention(self, block: str) -> None:
+        """The innermost module around q, k and v of a block, where they are modules, or parts of one."""
+        parts = [self._roles.get((block, role)) for role in ("q", "k", "v")]
+        if any(place is None or place.kind != "linear" for place in parts):
+            return
+        inside = [place.module.split(".")[:-1] for place in parts if place is not None]
+        same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*inside, strict=False))
+        path = ".".join(names[0] for names in same)
+        size = widths(self.modules[parts[1].module]) if parts[1] is not None else None
+        if within(path, block) and path != block and size is not None:
+            self._add(Place(path, role="attention", kind="attention", features=size[1], **self._where(path)))
 
     def _add(self, place: Place) -> None:
         hidden = place.role if place.kind == "opaque" else None
@@ -534,7 +606,7 @@ class _Selection:
         if body == "all-linear":
             found = [place for place in whole if self._is_plain_linear(place)]
         elif body == "all":
-            found = [place for place in whole if place.kind != "opaque" and not self._is_tied_head(place)]
+            found = [place for place in whole if place.kind not in WEIGHTLESS and not self._is_tied_head(place)]
         elif body in ROLES:
             found = [place for place in self.places if place.role == body]
             if not found and body in TOGETHER:
@@ -568,14 +640,14 @@ class _Selection:
         )
 
     def _by_path(self, body: str, whole: list[Place]) -> list[Place]:
-        """Places with a weight; else sub-layers and blocks; else any module at all. `kinds` chooses between them."""
+        """Places with a weight; else sub-layers and blocks; else any module; else attentions. `kinds` chooses."""
         match = _globbed(body) if any(sign in body for sign in "*?[") else _suffixed(body)
 
         def named(place: Place) -> bool:
             paths = self.anatomy.aliases.get(place.module, [place.module])
             return any(match(join(path, place.parameter or "")) for path in paths)
 
-        weighted = [place for place in whole if place.kind != "opaque" and named(place)]
+        weighted = [place for place in whole if place.kind not in WEIGHTLESS and named(place)]
         hidden = [place for place in whole if place.kind == "opaque" and named(place)]
         taken = {place.module for place in weighted + hidden if place.parameter is None}
         other = [
@@ -583,7 +655,8 @@ class _Selection:
             for path in self.anatomy.modules
             if path and path not in taken and named(Place(path))
         ]
-        tiers = [tier for tier in (weighted, hidden, other) if tier]
+        attentions = [place for place in whole if place.kind == "attention" and named(place)]
+        tiers = [tier for tier in (weighted, hidden, other, attentions) if tier]
         fitting = [tier for tier in tiers if self.kinds is None or any(place.kind in self.kinds for place in tier)]
         return next(iter(fitting or tiers), [])
 

@@ -133,6 +133,9 @@ class EmbeddingBase(ModuleBase):
 
     __slots__ = ()
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(self.module.weight.device))
+
     def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         y = F.embedding(x, W.mT) * self.gain
         return y if b is None else y + b
@@ -336,7 +339,7 @@ class Site:
     """Path of the module, with `:part` for a slice: `transformer.h.0.attn.c_attn:q`."""
     base: Base
     kind: str
-    """linear, embedding, conv, norm or opaque."""
+    """linear, embedding, conv, norm, attention or opaque."""
     role: str | None = None
     layer: int | None = None
     features: int = 0
@@ -351,6 +354,8 @@ class Site:
     """Whether a bias can be put where there is none: not at an RMS norm, nor at a matrix that is read raw."""
     shared: Any = None
     """What `Method.shared` returned, read by attribute."""
+    heads: int = 0
+    """Query heads of the attention it belongs to, or of the model; 0 where nothing says."""
 
     @property
     def out_features(self) -> int:

@@ -1,4 +1,4 @@
-"""Singular value decompositions that depend on nothing but the matrix: no random state, no library's choice of sign."""
+"""Decompositions that depend on nothing but the matrix: no random state, no library's choice of sign."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def oriented(U: Tensor, S: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     extreme = Vt.gather(1, Vt.abs().argmax(1, keepdim=True))
     sign = torch.where(extreme < 0, -1.0, 1.0).to(Vt.dtype)
     return U * sign.mT, S, Vt * sign
+
+
+def orthonormal(M: Tensor) -> Tensor:
+    """Orthonormal rows spanning those of M, equal to M where it is orthonormal already: Q of Mᵀ = Q T, diag T > 0."""
+    Q, T = torch.linalg.qr((M.float() if M.element_size() < 4 else M).mT)
+    return (Q * T.diagonal().sign()).mT.to(M.dtype)

@@ -3,7 +3,8 @@
 For a causal model, a `Pack`. Rows that start with the same tokens (system prompt, template, question) share a segment;
 their different rests are segments that continue it: a tree of any depth. A causal model computes exactly what it would
 for each row alone, as long as attention follows the tree (`trimtab.engine.attention`) and positions count from each
-row's start.
+row's start. Methods that edit the ends of a prompt may do so at a token for one row and not for another: such a token
+is not shared.
 
 For an encoder with a label per row, a `Bag`: nothing is shared, since every token sees its whole row.
 """
@@ -14,10 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.core.positions import Ends, marks
 from trimtab.data.encode import Encoded
 
 SHARE = 16
@@ -39,7 +42,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows as one sequence: `ids` and `positions` (1, tokens), and the terms of the loss.
+    """Rows as one sequence: `ids`, `positions` and `prompts` (1, tokens), and the terms of the loss.
+
+    `prompts` has the length of the prompt of each token's row: of any of its rows, where a token is shared.
 
     Term i is the prediction of `targets[i]` at token `sources[i]`, and counts `weights[i]` times: a token may have to
     predict several continuations, and a shared one counts once for each row that has it.
@@ -47,6 +52,7 @@ class Pack:
 
     ids: Tensor
     positions: Tensor
+    prompts: Tensor
     segments: tuple[Segment, ...]
     sources: Tensor
     targets: Tensor
@@ -157,9 +163,14 @@ def group(lengths: Tensor, start: int) -> Rows:
     return Rows(start, start + int(lengths.sum()), places, real, real.flatten().nonzero().squeeze(1))
 
 
-def pack(rows: Sequence[Encoded], share: int | None = SHARE) -> Pack:
-    """Pack rows; common beginnings of at least `share` tokens are kept once (None: never)."""
-    builder = _Builder([row.ids for row in rows], share)
+def pack(rows: Sequence[Encoded], share: int | None = SHARE, ends: Sequence[Ends] = ()) -> Pack:
+    """Pack rows; common beginnings of at least `share` tokens are kept once (None: never).
+
+    `ends` are those of the prompts that attached methods edit: rows part where one is edited and the other is not.
+    """
+    prompts = [prompt_length(row) for row in rows]
+    marked = [marks(len(row.ids), prompt, ends) for row, prompt in zip(rows, prompts, strict=True)] if ends else None
+    builder = _Builder([row.ids for row in rows], share, marked)
     terms: Counter[tuple[int, int]] = Counter()
     for row, places in zip(rows, builder.places, strict=True):
         for at in range(1, len(row.ids)):
@@ -169,6 +180,7 @@ def pack(rows: Sequence[Encoded], share: int | None = SHARE) -> Pack:
     return Pack(
         ids=torch.tensor([builder.ids]),
         positions=torch.tensor([builder.positions]),
+        prompts=torch.tensor([[prompts[row] for row in builder.owners]]),
         segments=tuple(builder.segments),
         sources=torch.tensor([source for source, _ in ordered], dtype=torch.long),
         targets=torch.tensor([target for _, target in ordered], dtype=torch.long),
@@ -178,7 +190,12 @@ def pack(rows: Sequence[Encoded], share: int | None = SHARE) -> Pack:
     )
 
 
-def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+def prompt_length(row: Encoded) -> int:
+    """Tokens before the first trained one; the first token is never trained, since nothing predicts it."""
+    return next((at for at in range(1, len(row.ids)) if row.trained[at]), len(row.ids))
+
+
+def common_start(one: Sequence[object], other: Sequence[object]) -> int:
     """How many first tokens two rows have in common."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
@@ -186,19 +203,23 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> int:
 class _Builder:
     """Lays rows out as a tree, depth first, so that ancestors come before what continues them."""
 
-    def __init__(self, rows: Sequence[list[int]], share: int | None) -> None:
+    def __init__(self, rows: Sequence[list[int]], share: int | None, marked: Sequence[Sequence[object]] | None) -> None:
         self.rows, self.share = rows, share
+        self.keys: Sequence[list[Any]] = rows
+        if marked is not None:
+            self.keys = [list(zip(ids, those, strict=True)) for ids, those in zip(rows, marked, strict=True)]
         self.ids: list[int] = []
         self.positions: list[int] = []
+        self.owners: list[int] = []
         self.segments: list[Segment] = []
         self.places: list[list[int]] = [[] for _ in rows]
-        order = sorted(range(len(rows)), key=lambda row: rows[row]) if share else list(range(len(rows)))
+        order = sorted(range(len(rows)), key=lambda row: self.keys[row]) if share else list(range(len(rows)))
         self.grow(order, 0, ())
 
     def grow(self, group: Sequence[int], depth: int, ancestors: tuple[int, ...]) -> None:
         """Place rows that agree on their first `depth` tokens, which stand in `ancestors`."""
         for run in self.runs(group, depth):
-            common = common_start(self.rows[run[0]], self.rows[run[-1]])
+            common = common_start(self.keys[run[0]], self.keys[run[-1]])
             above = self.add(run, depth, common, ancestors)
             if len(run) > 1:
                 self.grow(run, common, above)
@@ -207,7 +228,7 @@ class _Builder:
         """The sorted rows of a group cut where neighbours have too little in common beyond `depth`."""
         runs = [[group[0]]]
         for before, row in pairwise(group):
-            common = common_start(self.rows[before], self.rows[row])
+            common = common_start(self.keys[before], self.keys[row])
             if self.share and common - depth >= self.share:
                 runs[-1].append(row)
             else:
@@ -223,5 +244,6 @@ class _Builder:
             return ancestors
         self.ids += self.rows[run[0]][start:stop]
         self.positions += range(start, stop)
+        self.owners += [run[0]] * (stop - start)
         self.segments.append(Segment(first, len(self.ids), ancestors))
         return (*ancestors, len(self.segments) - 1)

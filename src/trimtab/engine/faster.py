@@ -8,7 +8,7 @@ Leaving the context puts every class back.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from trimtab.core.swap import swap, unswap
 from trimtab.engine.attention import segments_in
 from trimtab.engine.checkpointing import checkpointing
 from trimtab.engine.encoder import Seam, first_tokens
-from trimtab.engine.kernels import GATES, gated, rms_norm
+from trimtab.engine.kernels import GATES, gated, gated_product, release, rms_norm
+from trimtab.engine.shifted_attention import shifted_in
+from trimtab.engine.siblings import panel_of, together
 
-PIECES = ("norms", "gates")
+PIECES = ("norms", "gates", "siblings")
 EXACT = 1e-5
 
 
@@ -33,8 +35,11 @@ def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[
     if "gates" in pieces:
         replaced += [(path, module) for path, module in model.named_modules() if quick_gate(module)]
     try:
-        yield [path for path, _ in replaced]
+        with ExitStack() as stack:
+            groups = stack.enter_context(together(model)) if "siblings" in pieces else []
+            yield [path for path, _ in replaced] + [path for group in groups for path in group]
     finally:
+        release()
         for _, module in reversed(replaced):
             unswap(module)
 
@@ -47,9 +52,11 @@ def running(
     seam: Seam | None = None,
     pieces: tuple[str, ...] = PIECES,
     policy: str = "off",
+    group: int | None = None,
 ) -> Iterator[None]:
-    """What a model is trained and measured in: attention for packed rows, fast pieces, checkpointing."""
-    attention = segments_in(model) if packed else nullcontext()
+    """What a model is trained and measured in: attention for packed rows or in shifted groups, fast pieces,
+    checkpointing."""
+    attention = shifted_in(model, group) if group else segments_in(model) if packed else nullcontext()
     with attention, first_tokens(model, seam), faster(model, pieces), checkpointing(model, policy):
         yield
 
@@ -111,7 +118,9 @@ def gate_namespace(cls: type, gate: str) -> dict[str, Any]:
 
 def gate_forward(module: Any, x: Tensor, gate: str) -> Tensor:
     """down(act(gate(x)) ∘ up(x))."""
-    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), gate))
+    g, u = module.gate_proj(x), module.up_proj(x)
+    down = panel_of(module.down_proj, g)
+    return module.down_proj(gated(g, u, gate)) if down is None else gated_product(g, u, gate, down)
 
 
 @torch.no_grad()

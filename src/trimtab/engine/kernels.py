@@ -6,6 +6,7 @@ Both mark their output (`trimtab.core.remake`), so that the linear layer behind 
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import local
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trimtab.core.product import Panel, product, wide
 from trimtab.core.remake import mark
 
 
@@ -48,10 +50,10 @@ class _RMSNorm(torch.autograd.Function):
 
 def gated(g: Tensor, u: Tensor, gate: str) -> Tensor:
     """m = act(g) ∘ u, the middle of a gated feed-forward; `gate` names the activation in `GATES`."""
-    return mark(_Gated.apply(g, u, gate), product, (g, u), gate)
+    return mark(_Gated.apply(g, u, gate), middle, (g, u), gate)
 
 
-def product(g: Tensor, u: Tensor, gate: str) -> Tensor:
+def middle(g: Tensor, u: Tensor, gate: str) -> Tensor:
     """act(g) ∘ u."""
     return GATES[gate][0](g).mul_(u)
 
@@ -61,7 +63,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, u: Tensor, gate: str) -> Tensor:
         ctx.save_for_backward(g, u)
         ctx.gate = gate
-        return product(g, u, gate)
+        return middle(g, u, gate)
 
     @staticmethod
     @once_differentiable
@@ -69,6 +71,80 @@ class _Gated(torch.autograd.Function):
         g, u = ctx.saved_tensors
         forward, backward = GATES[ctx.gate]
         return backward(dm * u, g), forward(g).mul_(dm), None
+
+
+def gated_product(g: Tensor, u: Tensor, gate: str, down: Panel) -> Tensor:
+    """W m + b + B (A m) of m = act(g) ∘ u, g and u (..., in): a gated feed-forward's way back, m never kept."""
+    return _GatedProduct.apply(g, u, gate, *down)
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, u: Tensor, gate: str, W: Tensor, b: Tensor | None, A: Tensor | None, B: Tensor | None
+    ) -> Tensor:
+        m = activated(g.reshape(-1, g.shape[-1]), gate)[0].mul_(u.reshape(-1, u.shape[-1]))
+        A16, (B16,), _ = wide([Panel(W, b, A, B)])
+        y, h = product(m, W, b), None
+        if A16 is not None and B16 is not None:
+            h = m @ A16.mT  # (tokens, rank)
+            y.addmm_(h, B16.mT)
+        ctx.save_for_backward(g, u, W, A, B, h)
+        ctx.gate = gate
+        return y.view(*g.shape[:-1], W.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        g, u, W, A, B, h = ctx.saved_tensors
+        shape, dA, dB = g.shape, None, None
+        g, u, dy = (one.reshape(-1, one.shape[-1]) for one in (g, u, dy))
+        a, slope = activated(g, ctx.gate, slope=True)
+        dm = product(dy, W.mT)
+        if h is not None:
+            A16, (B16,), _ = wide([Panel(W, None, A, B)])
+            assert A16 is not None
+            assert B16 is not None
+            share = dy @ B16  # (tokens, rank)
+            dm.addmm_(share, A16)
+            if ctx.needs_input_grad[6]:
+                dB = (h.mT @ dy)[: len(A)].mT
+            if ctx.needs_input_grad[5]:
+                dA = (share.mT @ torch.mul(a, u, out=room("m", g)))[: len(A)]
+        du = a * dm
+        dg = slope.mul_(u).mul(dm)
+        return dg.view(shape), du.view(shape), None, None, None, dA, dB
+
+
+def activated(g: Tensor, gate: str, slope: bool = False) -> tuple[Tensor, Tensor]:
+    """act(g) and, if asked, its derivative, g (tokens, width): in memory that the next call uses again."""
+    forward, backward = GATES[gate]
+    if gate != "silu":
+        return forward(g), backward(torch.ones_like(g), g) if slope else g
+    s = torch.sigmoid(g, out=room("s", g))
+    a = torch.mul(g, s, out=room("a", g))
+    return a, s.addcmul_(s, a, value=-1).add_(a) if slope else s  # σ + a − aσ
+
+
+_rooms = local()
+
+
+def room(name: str, like: Tensor) -> Tensor:
+    """Uninitialized memory of a tensor's shape for use inside one operation; on a CPU the same every time.
+
+    Fresh memory costs a CPU more than the arithmetic done on it, and holes between what is kept for backward.
+    """
+    if like.device.type != "cpu":
+        return torch.empty_like(like)
+    held, key = _rooms.__dict__, f"{name} {like.dtype}"
+    if key not in held or held[key].numel() < like.numel():
+        held[key] = like.new_empty(like.numel())
+    return held[key][: like.numel()].view(like.shape)
+
+
+def release() -> None:
+    """Give back the memory of `room`."""
+    _rooms.__dict__.clear()
 
 
 Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trimtab.core.batch import prompts
+from trimtab.core.batch import packed_prompts, prompts
+from trimtab.core.product import frozen_weight, product
+from trimtab.core.site import LinearBase
 from trimtab.data.batches import IGNORED, token_count
 from trimtab.data.packing import Bag, Pack
 from trimtab.engine.encoder import outputs
@@ -29,7 +31,8 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]
     """
     if isinstance(batch, Pack):
         inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "segments": batch.segments}
-        return causal_loss(model, inputs, (0, batch.sources), batch.targets, batch.weights)
+        with packed_prompts(model, batch.positions, batch.prompts):
+            return causal_loss(model, inputs, (0, batch.sources), batch.targets, batch.weights)
     if isinstance(batch, Bag):
         return labelled_loss(outputs(model, batch), batch.labels, task)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -93,7 +96,7 @@ def only_positions(model: nn.Module, keep: Any) -> Iterator[bool]:
         handle.remove()
 
 
-CHUNK = 128
+CHUNK = 256
 """Positions whose logits exist at a time."""
 
 
@@ -135,19 +138,26 @@ class _Chunked(torch.autograd.Function):
         sums = [torch.zeros_like(one) if asked else None for one, asked in zip((hidden, *trained), wanted, strict=True)]
         for at in range(0, len(targets), CHUNK):
             here = slice(at, at + CHUNK)
-            rows = hidden[here].detach().requires_grad_(wanted[0])
-            with torch.enable_grad():
-                logits = head(rows)
-            x, goal = logits.detach().float(), targets[here, None]
-            top, where = x.max(1, keepdim=True)
-            p = x.softmax(1)
-            each = (top - x.gather(1, goal)) - p.gather(
-                1, where
-            ).log()  # (terms, 1); the largest p is 1 / Σ exp(x - top)
-            p.scatter_add_(1, goal, p.new_full(goal.shape, -1.0))
+            rows, W = hidden[here].detach().requires_grad_(wanted[0]), frozen_head(head, hidden)
+            if W is None:
+                with torch.enable_grad():
+                    logits = head(rows)
+            else:
+                logits = product(rows.detach(), W, head.bias)  # type: ignore[arg-type]
+            goal = targets[here, None]
+            p = logits.detach().float() if W is not None else logits.detach().float().clone()
+            top = p.amax(1, keepdim=True)
+            each = top - p.gather(1, goal)
+            size = p.sub_(top).exp_().sum(1, keepdim=True)
+            each += size.log()  # (terms, 1)
+            p.div_(size).scatter_add_(1, goal, p.new_full(goal.shape, -1.0))
             if weights is not None:
                 each, p = each * weights[here, None], p.mul_(weights[here, None])
             total += each.sum()
+            if W is not None:
+                if sums[0] is not None:
+                    sums[0][here] = p.to(W.dtype) @ W
+                continue
             asked = [one for one, want in zip((rows, *trained), wanted, strict=True) if want]
             if not asked or not logits.requires_grad:
                 continue
@@ -168,6 +178,12 @@ class _Chunked(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) * dtotal if asked else None for asked in ctx.wanted]
         return None, None, None, None, *grads
+
+
+def frozen_head(head: nn.Module, hidden: Tensor) -> Tensor | None:
+    """The weight (vocabulary, width) of a plain frozen output matrix, whose gradient needs no graph; else None."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or "delta" in head._modules
+    return None if hooked or not isinstance(head, nn.Linear) else frozen_weight(LinearBase(head, head.forward), hidden)
 
 
 def ends_with_head(model: nn.Module) -> bool:

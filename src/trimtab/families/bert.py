@@ -17,6 +17,7 @@ FAMILY = Family(
         "down": "output.dense",
         "attn": "attention.output.dropout",
         "ffn": "output.dropout",
+        "stream": "output.LayerNorm",
         "cross.q": "crossattention.self.query",
         "cross.k": "crossattention.self.key",
         "cross.v": "crossattention.self.value",
@@ -24,4 +25,5 @@ FAMILY = Family(
         "cross.attn": "crossattention.output.dropout",
     },
     outside={"embed": "word_embeddings"},
+    enters={"attn": ("attention.ln", "attention"), "ffn": ("ln", "intermediate")},
 )

@@ -20,4 +20,8 @@ FAMILY = Family(
         "ffn": "mlp.dense_4h_to_h",
     },
     outside={"embed": "word_embeddings"},
+    enters={
+        "attn": ("ln_attn", "input_layernorm"),
+        "ffn": ("ln_mlp", "post_attention_layernorm", "input_layernorm"),
+    },
 )

@@ -18,6 +18,8 @@ FAMILY = Family(
         "down": "output.dense",
         "attn": "attention.output.dropout",
         "ffn": "output.dropout",
+        "stream": "output.LayerNorm",
     },
     outside={"embed": "word_embeddings"},
+    enters={"attn": "attention", "ffn": "intermediate"},
 )

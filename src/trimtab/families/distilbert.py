@@ -17,6 +17,8 @@ FAMILY = Family(
         "down": "ffn.lin2",
         "attn": "attention.out_lin",
         "ffn": "ffn",
+        "stream": "output_layer_norm",
     },
     outside={"embed": "word_embeddings"},
+    enters={"attn": "attention", "ffn": "ffn"},
 )

@@ -23,4 +23,5 @@ FAMILY = Family(
         "ffn": "post_feedforward_layernorm",
     },
     outside={"embed": "embed_tokens"},
+    enters={"attn": ("input_layernorm", "self_attn"), "ffn": ("pre_feedforward_layernorm", "mlp")},
 )

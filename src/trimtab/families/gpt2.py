@@ -30,4 +30,5 @@ FAMILY = Family(
     },
     fused={"attn.c_attn": {"q": 1, "k": 1, "v": 1}, "crossattention.c_attn": {"k": 1, "v": 1}},
     outside={"embed": "wte"},
+    enters={"attn": "ln_1", "cross.attn": "ln_cross_attn", "ffn": "ln_2"},
 )

@@ -23,4 +23,5 @@ FAMILY = Family(
     },
     transposed=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     outside={"embed": "embed_tokens"},
+    enters={"attn": "input_layernorm", "ffn": "post_attention_layernorm"},
 )

@@ -27,4 +27,8 @@ FAMILY = Family(
         "ffn": "mlp",
     },
     outside={"embed": "embed_tokens"},
+    enters={
+        "attn": ("input_layernorm", "attention_layernorm"),
+        "ffn": ("post_attention_layernorm", "feedforward_layernorm", "input_layernorm"),
+    },
 )

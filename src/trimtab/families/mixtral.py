@@ -29,4 +29,5 @@ FAMILY = Family(
     },
     fused={"mlp.experts.gate_up_proj": {"gate": 1, "up": 1}},
     outside={"embed": "embed_tokens"},
+    enters={"attn": "input_layernorm", "ffn": "post_attention_layernorm"},
 )

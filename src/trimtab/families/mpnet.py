@@ -17,6 +17,8 @@ FAMILY = Family(
         "down": "output.dense",
         "attn": "attention.dropout",
         "ffn": "output.dropout",
+        "stream": "output.LayerNorm",
     },
     outside={"embed": "word_embeddings"},
+    enters={"attn": "attention", "ffn": "intermediate"},
 )

@@ -20,4 +20,5 @@ FAMILY = Family(
         "ffn": "post_mlp_dropout",
     },
     outside={"embed": "embed_in"},
+    enters={"attn": "input_layernorm", "ffn": "post_attention_layernorm"},
 )

@@ -33,4 +33,5 @@ FAMILY = Family(
         "cross.o": "final_attn_token_to_image.out_proj",
         "cross.attn": "final_attn_token_to_image.out_proj",
     },
+    enters={"ffn": ("vision/layer_norm2", "decoder/mlp")},
 )

@@ -29,4 +29,9 @@ FAMILY = Family(
         "cross.attn": "decoder/layer.1.dropout",
     },
     outside={"embed": ("encoder.embed_tokens", "decoder.embed_tokens")},
+    enters={
+        "attn": "layer.0.layer_norm",
+        "cross.attn": "decoder/layer.1.layer_norm",
+        "ffn": ("encoder/layer.1.layer_norm", "decoder/layer.2.layer_norm"),
+    },
 )

@@ -22,4 +22,5 @@ FAMILY = Family(
         "ffn": "mlp",
     },
     outside={"embed": "patch_embeddings.projection"},
+    enters={"attn": "layernorm_before", "ffn": "layernorm_after"},
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 
 from trimtab.core.attach import Attachable, attach, plan, reads_batch, site_at
 from trimtab.core.delta import State
+from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
 from trimtab.core.quantized import quantize, quantize_module
 from trimtab.core.registry import find, name_of, names
 from trimtab.laws.hosts import ROWS, Host, zoo
 from trimtab.laws.judging import move
+from trimtab.laws.twin import twin
 
 LIMIT = 4
 """The largest integer setting on a tiny host."""
@@ -60,8 +61,9 @@ FP64 = Storage("fp64", dtype=torch.float64)
 def small(method: Any) -> Any:
     """A method with settings for tiny hosts, nested ones too.
 
-    Integers above 4 become 4, a `density` a tenth, and `alpha` at most twice the rank: noise on every tensor would
-    otherwise outgrow the weights, and with them what rounding leaves of a comparison.
+    Integers above 4 become 4, but `blocks`, which divide one of them, 2; a `density` a tenth, and `alpha` at most twice
+    the rank: noise on every tensor would otherwise outgrow the weights, and with them what rounding leaves of a
+    comparison.
     """
     if isinstance(method, Placed):
         return Placed(small(method.method), method.where)
@@ -70,7 +72,9 @@ def small(method: Any) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > LIMIT:
+        if field.name == "blocks" and value > 2:
+            changes[field.name] = 2
+        elif isinstance(value, int) and not isinstance(value, bool) and value > LIMIT:
             changes[field.name] = LIMIT
         elif field.name == "density" and value < 0.1:
             changes[field.name] = 0.1
@@ -101,6 +105,8 @@ def excuses(method: Attachable) -> dict[str, str]:
 def fits(method: Attachable, host: Host, storage: Storage) -> bool:
     """Whether the laws speak of this method on this host in this storage."""
     if storage.format is not None and not host.coded:
+        return False
+    if any(one.on_bias for one in methods_in(method)) and not biased(method, host):
         return False
     if host.kind == "model":
         return True
@@ -135,7 +141,7 @@ class Case:
 
     def model(self, device: str = "cpu") -> nn.Module:
         """A fresh host in eval mode, its vectors (biases, gains) away from 0 and 1, in its storage."""
-        return copy.deepcopy(_built(self.host, self.storage, device))
+        return twin(_built(self.host, self.storage, device))
 
     def inputs(self, seed: int = 11, rows: int | None = None) -> dict[str, Tensor]:
         """Inputs for the host, in its floating type."""
@@ -167,6 +173,15 @@ class Case:
     def virtual_tokens(self) -> int:
         """Reserved positions a forward has."""
         return sum(one.virtual_tokens for one in methods_in(self.method) if isinstance(one, InputMethod))
+
+
+def biased(method: Attachable, host: Host) -> bool:
+    """Whether a method that edits biases finds one on a host."""
+    try:
+        plan(_built(host, FP32, "cpu"), method, host.where)
+    except UserError:
+        return False
+    return True
 
 
 class seeded:

@@ -57,16 +57,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, allowed: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), positions)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2), positions)
-        v = self.v_proj(x).unflatten(-1, (self.key_heads, -1)).transpose(1, 2)
+        rows, length = x.shape[:2]
+        q = rotate(self.q_proj(x).view(rows, length, self.heads, -1).transpose(1, 2), positions)
+        k = rotate(self.k_proj(x).view(rows, length, self.key_heads, -1).transpose(1, 2), positions)
+        v = self.v_proj(x).view(rows, length, self.key_heads, -1).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         group = self.heads // self.key_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = (q @ k.mT) / q.shape[-1] ** 0.5
-        share = torch.softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), -1)
-        return self.o_proj((share @ v).transpose(1, 2).flatten(2))
+        hidden = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
+        hidden = hidden.masked_fill(~allowed, torch.finfo(q.dtype).min)  # a query that sees nothing stays a number
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, hidden).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

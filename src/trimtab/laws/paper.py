@@ -7,11 +7,13 @@ An oracle is a NumPy float64 function of the paper's equation, written without l
 at one site, in canonical orientation: x (..., in), W (out, in), b (out) or None, y (..., out). An embedding's x is
 one-hot, a convolution's is patches. `p` holds the method's tensors by name, nested groups as dicts, `p["shared"]` what
 all sites share. `context` has `kind`, `role`, `h` (the frozen output for x), `prompt` (rows, positions) bool, and for
-norms `eps` and `centered`; a hidden-space method at an opaque site gets W = None.
+norms `eps` and `centered`; a hidden-space method at an opaque site gets W = None. `sources` has what the method reads
+beside x, by name, where it does.
 
-For the input space the equation is one of an attention, so the site is one: x (rows, positions, width) is its input,
-`W`, `b` and `p` are dicts by role (q, k, v, o), y is its output, and `context` has `heads`, `key_heads`, `theta` (for
-rotary positions) and `mask` (rows, positions).
+For an attention, and for the input space at k and v, the equation is one of an attention, so the site is one:
+x (rows, positions, width) is its input, `W`, `b` and `p` are dicts by role (q, k, v, o), y is its output, and `context`
+has `heads`, `key_heads`, `theta` (for rotary positions) and `mask` (rows, positions). At an embedding or a block x and
+y have the reserved positions in front.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def oracle(case: Case) -> None:
     state = model.__dict__["_trimtab"]
     (part,) = state.adapters["default"].parts
     at = list(zip(part.places, deltas_of(model, state, "default", part), strict=True))
-    if isinstance(part.method, InputMethod):
+    if "attention" in part.method.hosts or (isinstance(part.method, InputMethod) and "linear" in part.method.hosts):
         attention(case, model, part, at, inputs)
         return
     for place, delta in at:
@@ -62,15 +64,20 @@ def oracle(case: Case) -> None:
             called(case, frozen, place, delta, seen[place.module], inputs)
 
 
-def watch(model: nn.Module, case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[Any, Any, Any]]:
-    """Arguments and output of every edited module during one forward."""
-    seen: dict[str, tuple[Any, Any, Any]] = {}
+def watch(model: nn.Module, case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[Any, Any, Any, Any]]:
+    """Arguments and output of every edited module during one forward, and what passed by elsewhere for it."""
+    seen: dict[str, tuple[Any, Any, Any, Any]] = {}
+    heard: dict[str, dict[str, Tensor]] = {}
     handles = []
     for path, module in edited_modules(model):
 
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-            seen[path] = (args, kwargs, output)
+        def before(module: Any, args: Any, path: str = path) -> None:
+            heard[path] = dict(module.delta.heard)
 
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+            seen[path] = (args, kwargs, output, heard[path])
+
+        handles.append(module.register_forward_pre_hook(before))
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     with torch.no_grad():
         case.run(model, inputs)
@@ -80,10 +87,15 @@ def watch(model: nn.Module, case: Case, inputs: dict[str, Tensor]) -> dict[str, 
 
 
 def called(
-    case: Case, frozen: nn.Module, place: Place, delta: Delta, seen: tuple[Any, Any, Any], inputs: dict[str, Tensor]
+    case: Case,
+    frozen: nn.Module,
+    place: Place,
+    delta: Delta,
+    seen: tuple[Any, Any, Any, Any],
+    inputs: dict[str, Tensor],
 ) -> None:
     """Compare at a module that is called: its input and output are what a hook saw."""
-    args, kwargs, output = seen
+    args, kwargs, output, heard = seen
     module = frozen.get_submodule(place.module)
     with torch.no_grad():
         h = first(module(*args, **kwargs))
@@ -102,6 +114,7 @@ def called(
         close(y[..., around], h[..., around], 0, f"rows of {place.name} outside the slice")
         y, h, W, b = y[..., rows], h[..., rows], None if W is None else W[rows], None if b is None else b[rows]
     context = {"kind": kind, "role": place.role, "h": numpy(h), "prompt": numpy(inputs.get("attention_mask"))}
+    context["sources"] = {name: numpy(value) for name, value in heard.items()}
     if kind == "norm":
         context |= {"eps": module.eps, "centered": isinstance(module, nn.LayerNorm)}
     compare(case, x, W, b, tensors(delta), context, y, place.name)
@@ -147,7 +160,7 @@ def attention(
         case.run(model, inputs)
     for handle in handles:
         handle.remove()
-    reserved = part.method.virtual_tokens  # type: ignore[attr-defined]
+    reserved = case.virtual_tokens
     for path, (x, y) in seen.items():
         module: Any = modules[path]
         projections = {role: getattr(module, f"{role}_proj") for role in "qkvo"}

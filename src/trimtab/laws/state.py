@@ -48,7 +48,8 @@ def trains_only(case: Case) -> None:
     move(model)
     model.zero_grad()
     before = {name: parameter.detach().clone() for name, parameter in asking.items()}
-    case.run(model).float().square().mean().backward()
+    loss = case.run(model).float().square().mean()
+    (loss + sum(term for delta in deltas(model) if (term := delta.method.penalty(delta)) is not None)).backward()
     for name, parameter in asking.items():
         require(parameter.grad is not None, f"{name} gets no gradient")
         grad: Any = parameter.grad
@@ -95,7 +96,10 @@ def hooks(module: nn.Module) -> int:
 
 @law(5, "save", storages="every")
 def saves(case: Case) -> None:
-    """A saved adapter holds its own tensors only and loads bit for bit; a file that does not fit is refused in full."""
+    """A saved adapter holds its own tensors only and loads bit for bit; a file that does not fit is refused in full.
+
+    Saved without what only training needs, it computes the same.
+    """
     model = case.attached()
     with torch.no_grad():
         output = case.run(model)
@@ -112,6 +116,9 @@ def saves(case: Case) -> None:
         require(list(trainable(fresh)) == list(trainable(model)), "other tensors are trained after load")
         with torch.no_grad():
             close(case.run(fresh), output, 0, "output after load")
+        small = load(case.model(), save(model, Path(directory) / "baked", bake=True))
+        with torch.no_grad():
+            close(case.run(small), output, 8 * case.storage.eps, "output of what is left when baked")
         for wrong in faults(stored, methods_in(case.method)[0].elastic):
             refused(case, folder, stored, wrong)
 
@@ -208,7 +215,9 @@ def alone(case: Case, one: dict[str, Tensor]) -> None:
     last = adapter.parts[0].places[-1]
     if len(adapter.parts[0].places) < 2 or last.part or last.parameter:
         return
-    few = attach(case.model(), method, last.name, statistics=statistics(case.method, case.host))
+    hidden = last.kind == "opaque" and last.role is not None  # its path alone may mean the weight of that module
+    at = f"{last.role}@{last.layer}" if hidden else last.name
+    few = attach(case.model(), method, at, statistics=statistics(case.method, case.host))
     same = {key: value for key, value in adapter_tensors(few, "default").items() if "@shared" not in key}
     same_bits(same, {key: one[key] for key in same}, f"start of {last.name} alone")
 
@@ -218,7 +227,7 @@ def copies(case: Case) -> None:
     """pickle and deepcopy give a model that computes the same, is of the same class, and shares nothing."""
     model = case.attached()
     with torch.no_grad():
-        output = case.run(model)
+        output, frozen = case.run(model), case.run(case.model())
         for how, make in (("deepcopy", copy.deepcopy), ("pickle", lambda m: pickle.loads(pickle.dumps(m)))):
             twin = make(model)
             close(case.run(twin), output, 0, how)
@@ -229,5 +238,5 @@ def copies(case: Case) -> None:
             activate(twin, None)
             close(case.run(model), output, 0, f"the model after changing its {how}")
             detach(twin)
-            close(case.run(twin), case.run(case.model()), 0, f"{how}, detached")
+            close(case.run(twin), frozen, 0, f"{how}, detached")
             close(case.run(model), output, 0, f"the model after detaching its {how}")

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.models.context import lengthen
 from trimtab.models.starters import fetch, quiet_transformers, starters
 
 TASKS = {
@@ -86,6 +87,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     head_seed: int = 0,
+    context: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Loaded:
     """The model and tokenizer of `source`: a directory, a starter's short name, or a hub id, looked up in this order.
@@ -94,7 +96,8 @@ def load(
     classify takes the checkpoint's own. `dtype` auto is float32, or bfloat16 where the device is fast at it (a GPU
     from compute capability 8.0, a CPU with AMX or AVX512-BF16). `device` auto is cuda, else mps, else cpu. Weights of
     a head that the checkpoint does not have are drawn from `head_seed`: equal seeds, dtypes and versions of
-    transformers give equal heads, and the global random state stays as it was. `progress` gets a line of text per
+    transformers give equal heads, and the global random state stays as it was. `context` lengthens what the model reads
+    to so many tokens (`trimtab.models.context`). `progress` gets a line of text per
     step of fetching a starter. `requires_grad` is left as transformers sets it. Pickled weights and code that comes
     with a model are never run. Errors: `UserError`, before the weights are read wherever that is possible.
     """
@@ -108,12 +111,16 @@ def load(
         config = _config(location, source, hub=directory is None)
         _check_task(config, source, task)
         notes = [kind_note] if kind_note else []
+        if context is not None:
+            notes.append(lengthen(config, context, str(source)))
         if task in _HEADS:
             notes += _set_labels(config, source, task, labels)
         tokenizer = _tokenizer(location, source)
         model, new_modules, weight_notes = _model(location, source, config, task, kind, head_seed)
         notes += weight_notes
         notes += _set_padding(model, tokenizer, source)
+        if context is not None:
+            tokenizer.model_max_length = max(tokenizer.model_max_length, context)
         model = model.to(where).eval()
         if directory is None:
             directory = _hub_directory(location)

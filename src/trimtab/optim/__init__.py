@@ -1,0 +1,1 @@
+"""Updates, one file each: how a gradient becomes a step. `active` holds schedules: what trains when."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.save import adapter_tensors, write_together
+from trimtab.core.save import adapter_tensors, overwrite, write_together
 
 FOLDER, TENSORS, RECORD = "checkpoints", "state.safetensors", "state.json"
 
@@ -103,6 +103,7 @@ def restore(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimize
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    lay_out_alike(optimizer)
     for device, known in part(saved.tensors, "random").items():
         if device == "cpu":
             torch.set_rng_state(known)
@@ -111,15 +112,21 @@ def restore(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimize
     return part(saved.tensors, "best")
 
 
+def lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Give state the strides of its parameter: torch's fused kernels pair entries by their place in memory."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite the adapter's tensors in place; every one of them must be there."""
     own = adapter_tensors(model, "default")
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise UserError(f"checkpoint: it is of another adapter ({len(odd)} keys differ, first {odd[0]})")
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(tensors[key])
+    overwrite(model, "default", tensors)
 
 
 def taken(model: nn.Module) -> dict[str, Tensor]:

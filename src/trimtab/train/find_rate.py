@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from trimtab.core.save import write_together
 from trimtab.data.batches import batches
 from trimtab.engine.loss import loss_sum, terms_of
@@ -20,6 +18,7 @@ from trimtab.train import checkpoint
 from trimtab.train.recipe import Recipe
 from trimtab.train.reporter import Reporter
 from trimtab.train.run import Job, prepare
+from trimtab.train.updates import Updates
 
 PLOT = "learning_rates.png"
 SMOOTHING = 0.8
@@ -61,24 +60,24 @@ def find_rate(
 def sweep(job: Job, rates: Sequence[float]) -> list[float]:
     """The loss of each step, one rate a step; ends early when it explodes."""
     recipe, model = job.recipe, job.model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rates[0], weight_decay=recipe.weight_decay)
+    update = Updates(recipe, model, rates[0])
     losses: list[float] = []
     order: list[list[int]] = []
     while len(order) < len(rates):
         order += batches(job.train_rows, recipe.batch_size, recipe.seed, len(order))
-    for rate, rows in zip(rates, order, strict=False):
+    for step, (rate, rows) in enumerate(zip(rates, order, strict=False)):
         batch = job.batch(rows)
-        loss = loss_sum(model, batch, job.task)[0] / terms_of(batch)
+        update.begin(step, rate)
+        for _ in update.passes():
+            loss = loss_sum(model, batch, job.task)[0] / terms_of(batch)
+            loss.backward()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]) or losses[-1] > 3 * min(losses) + 3:
             break
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update.clip()
+        update.optimizer.step()
+        update.optimizer.zero_grad(set_to_none=True)
+    update.close()
     return [loss for loss in losses if math.isfinite(loss)]
 
 

@@ -28,6 +28,9 @@ class Recipe:
     )
     where: str | None = option(None, "Where it goes: roles, globs, layer ranges; default: the method's own.", "what")
     quantize: str | None = option(None, "Keep the frozen weights in this format: nf4, absmax, affine.", "what")
+    context: int | None = option(
+        None, "Lengthen the model's context to this many tokens, by interpolating its rotary positions.", "what"
+    )
     output: str | None = option(None, "Run directory to make; default: runs/<model>-<method>-<number>.", "what")
 
     task: str = option("auto", "causal, seq2seq, classify or regress; auto follows data and model.", "data")
@@ -48,10 +51,32 @@ class Recipe:
     learning_rate: float | None = option(None, "Peak learning rate; default: the method's own.", "training")
     schedule: str = option("linear", "linear, cosine or constant, after the warm-up.", "training")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", "training")
+    optimizer: str = option(
+        "adamw",
+        "How a gradient becomes a step: sgd, lion, adafactor, adam8, paged, galore, apollo, lomo, ...",
+        "training",
+    )
+    optimizer_settings: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Settings of the optimizer: --optimizer-rank 64 and so on.", "group": "training"},
+    )
+    active: str | None = option(
+        None, "What trains when: lisa, badam or gradual_unfreezing; default: all, always.", "training"
+    )
+    active_settings: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Settings of the schedule: --active-layers 2 and so on.", "group": "training"},
+    )
     weight_decay: float = option(0.0, "Decoupled weight decay on the trained tensors.", "training")
     clip: float = option(1.0, "Largest norm of the gradient; 0 switches clipping off.", "training")
     packing: str = option(
         "auto", "Rows without padding: shared (common beginnings once), plain, off; auto: where exact.", "training"
+    )
+    attention: str = option(
+        "auto", "Attention while training: full, shifted (in groups); auto: the preset's, else full.", "training"
+    )
+    group: int | None = option(
+        None, "Tokens in a group of shifted attention; default: a quarter of the longest row.", "training"
     )
     checkpointing: str = option(
         "off", "Recompute activations in backward: off, block, sqrt, selective or offload.", "training"
@@ -66,6 +91,9 @@ class Recipe:
     )
     track: str = option("", "Also log to tensorboard, wandb or trackio; several with commas.", "training")
     keep: int = option(2, "Checkpoints kept while training; none remains when it ends.", "training")
+    bake: bool = option(
+        True, "Save without what only training needs, as the network that makes a prefix; no: keep it.", "training"
+    )
     seed: int = option(0, "Seed of the start, the order of rows and dropout.", "training")
     dtype: str = option("auto", "Floating type of the frozen weights: auto, float32, bfloat16, float16.", "training")
     device: str = option("auto", "auto, cpu, cuda or mps.", "training")
@@ -109,6 +137,7 @@ ALIASES = {
     "save_total_limit": "keep",
     "early_stopping_patience": "patience",
     "lr": "learning_rate",
+    "optim": "optimizer",
     "lr_scheduler": "schedule",
     "lr_scheduler_type": "schedule",
     "warmup_ratio": "warmup",
@@ -127,11 +156,29 @@ CHOICES = {
     "truncation": ("error", "drop", "left", "right", "split"),
     "train_on": ("completions", "all"),
     "packing": ("auto", "shared", "plain", "off"),
+    "attention": ("auto", "full", "shifted"),
     "checkpointing": ("off", "block", "sqrt", "selective", "offload"),
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 
+
+NAMED = {"optimizer": "optim", "active": "active"}
+"""Keys that name something registered, with its kind; `<key>_<setting>` is a setting of it."""
+
+OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_8bit": "adam8",
+    "adamw_bnb_8bit": "adam8",
+    "paged_adamw": "paged",
+    "paged_adamw_32bit": "paged",
+    "lion_32bit": "lion",
+    "galore_adamw": "galore",
+    "apollo_adamw": "apollo",
+}
+"""Optimizers as other tools call them."""
 
 SWITCHED = {"true": "block", "false": "off", "yes": "block", "no": "off", "1": "block", "0": "off"}
 """Checkpointing as other tools switch it."""
@@ -164,6 +211,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     taken: dict[str, Any] = {}
     extra: dict[str, Any] = dict(values.get("settings") or {})
     problems = said_twice(values)
+    named, values = named_settings(values)
     for key, value in values.items():
         name = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
         if name == "settings" or value is None:
@@ -179,6 +227,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
         else:
             close = nearest(name, [*known, *ALIASES, *settings], 1)
             problems.append(f"unknown key {key!r}" + (f" (nearest: {close[0]})" if close else ""))
+    taken |= named
     taken["settings"] = extra
     for name, value in list(taken.items()):
         try:
@@ -205,6 +254,41 @@ def said_twice(values: Mapping[str, Any]) -> list[str]:
         for said in spelled.values()
         if any(value != next(iter(said.values())) for value in said.values())
     ]
+
+
+def named_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the keys of an optimizer and of a schedule say, as fields of a recipe; and the other keys.
+
+    `optimizer: galore`, `optimizer: {name: galore, rank: 64}`, `optimizer: {galore: {rank: 64}}` are understood, and
+    `optimizer_rank: 64` beside a name.
+    """
+    left = {ALIASES.get(key.replace("-", "_"), key.replace("-", "_")): value for key, value in values.items()}
+    taken: dict[str, Any] = {}
+    for key, kind in NAMED.items():
+        value, settings = left.pop(key, None), dict(left.pop(f"{key}_settings", None) or {})
+        if isinstance(value, Mapping):
+            name, more = unfolded(value)
+            value, settings = name, settings | more
+        value = OPTIMIZERS.get(str(value).lower(), value)
+        own = registered_settings(str(value or Recipe.optimizer), kind) if value or key == "optimizer" else {}
+        for setting in own:
+            found = left.pop(f"{key}_{setting}", None)
+            if found is not None:
+                settings[setting] = found
+        if value is not None:
+            taken[key] = value
+        taken[f"{key}_settings"] = settings
+    return taken, left
+
+
+def unfolded(value: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and settings in `{name: galore, rank: 64}` or `{galore: {rank: 64}}`."""
+    if "name" in value:
+        return str(value["name"]), {key: one for key, one in value.items() if key != "name"}
+    name, settings = next(iter(value.items()), ("", None))
+    if len(value) != 1 or not isinstance(settings or {}, Mapping):
+        raise UserError(f"recipe: {dict(value)} does not name one thing", fix="{name: galore, rank: 64}")
+    return str(name), dict(settings or {})
 
 
 def converted(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
@@ -271,13 +355,39 @@ def factory(name: str) -> Any:
 
 def build_method(recipe: Recipe) -> Any:
     """The method (or the parts of a preset) that a recipe names, with its settings in the types of their defaults."""
-    made, defaults = factory(recipe.method), method_settings(recipe.method)
+    return made_with(recipe.method, factory(recipe.method), method_settings(recipe.method), recipe.settings)
+
+
+def registered_settings(name: str, kind: str) -> dict[str, Any]:
+    """Setting -> default of an optimizer or a schedule, by its name."""
+    import inspect
+
+    from trimtab.core.registry import find
+
+    return {key: one.default for key, one in inspect.signature(find(name, kind)).parameters.items()}
+
+
+def build_named(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
+    """An optimizer or a schedule by its name; settings that are mappings or lists of them are made too."""
+    from trimtab.core.registry import find
+
+    def nested(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return build_named(kind, *unfolded(value))
+        return tuple(map(nested, value)) if isinstance(value, list | tuple) else value
+
+    made = {key: nested(value) for key, value in settings.items()}
+    return made_with(name, find(name, kind), registered_settings(name, kind), made)
+
+
+def made_with(name: str, made: Any, defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """What a class or preset makes of settings, in the types of their defaults; all problems are told at once."""
     chosen: dict[str, Any] = {}
     problems = []
-    for key, value in recipe.settings.items():
+    for key, value in settings.items():
         if key not in defaults:
             close = nearest(key, defaults, 1)
-            problems.append(f"{recipe.method} has no setting {key!r}" + (f" (nearest: {close[0]})" if close else ""))
+            problems.append(f"{name} has no setting {key!r}" + (f" (nearest: {close[0]})" if close else ""))
             continue
         try:
             chosen[key] = typed(value, defaults[key])
@@ -286,6 +396,14 @@ def build_method(recipe: Recipe) -> Any:
     if problems:
         raise UserError("recipe: " + "; ".join(problems), fix=f"its settings are {listing(defaults) or 'none'}")
     return made(**chosen)
+
+
+def with_preset(recipe: Recipe, method: Any) -> Recipe:
+    """The recipe with what its preset wants where it says nothing itself (`None`, or `auto`)."""
+    wanted = getattr(method, "recipe", {})
+    return dataclasses.replace(
+        recipe, **{key: value for key, value in wanted.items() if getattr(recipe, key) in (None, "auto")}
+    )
 
 
 def typed(value: Any, default: Any) -> Any:
@@ -298,4 +416,5 @@ def typed(value: Any, default: Any) -> Any:
         if value.lower() not in ("true", "false"):
             raise ValueError(value)
         return value.lower() == "true"
-    return int(value) if isinstance(default, int) else float(value)
+    whole = default is None and value.lstrip("+-").isdigit()
+    return int(value) if whole or isinstance(default, int) else float(value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +17,35 @@ import torch
 from torch import nn
 
 from trimtab.core.attach import activate, attach, plan
-from trimtab.core.delta import Delta, require_state
+from trimtab.core.delta import Delta, Part, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import MEASURES
-from trimtab.core.method import Method, Placed
+from trimtab.core.method import InputMethod, Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
+from trimtab.core.settle import settle
 from trimtab.data.batches import batches, collate
 from trimtab.data.cache import encode_cached
 from trimtab.data.encode import Encoded, EncodedSet, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
-from trimtab.engine.attention import can_pack
+from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES, running
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
+from trimtab.engine.shifted_attention import can_shift, group_for
 from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.models.starters import home
 from trimtab.train import checkpoint, rundir
 from trimtab.train.interrupt import Interrupt, Stopped
-from trimtab.train.recipe import Recipe, build_method
+from trimtab.train.prompt_search import is_searched, search, wording
+from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
+from trimtab.train.updates import Point, Updates, refuse, rule_of, schedule_of
 
 MEASURED_ROWS = 256
 SECONDS_BETWEEN = 60.0
@@ -76,12 +82,14 @@ class Job:
     heldout_rows: EncodedSet
     pad_id: int
     packing: str
+    group: int | None
     seam: Seam | None
     pieces: tuple[str, ...]
     rate: float
     steps: int
     steps_per_epoch: int
     record: dict[str, Any]
+    tokenizer: Any = None
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some training rows as one batch, on the model's device."""
@@ -93,12 +101,19 @@ class Job:
             return collate(rows, self.pad_id)
         if self.seam is not None:
             return bag(rows, self.seam.first_position)
-        return pack(rows, SHARE if self.packing == "shared" else None)
+        return pack(rows, SHARE if self.packing == "shared" else None, edited_ends(self.model) or ())
 
     def running(self) -> AbstractContextManager[None]:
         """What the model is trained and measured in."""
         packed, policy = self.packing != "off", self.recipe.checkpointing
-        return running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy)
+        return running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy, group=self.group)
+
+    def measure_again(self, part: Part, step: int) -> dict[str, torch.Tensor]:
+        """The statistics of a part on some training rows, other ones after every step."""
+        generator = torch.Generator().manual_seed(self.recipe.seed + step)
+        chosen = torch.randperm(len(self.train_rows), generator=generator)[:MEASURED_ROWS].tolist()
+        rows = [on(self.together([self.train_rows[index]]), self.device) for index in chosen]
+        return statistics_of(self.model, part, rows, self.task)
 
     def measure(self) -> dict[str, Any]:
         """The held-out measures of the model as it is."""
@@ -150,13 +165,16 @@ def carry_out(job: Job, tell: Reporter) -> Result:
             rundir.write_start(job.directory, recipe, record)
         tell.evaluated("before", record["before"])
 
-        metrics = train(job, tell)
+        searched = any(is_searched(delta.method) for delta in job.model.modules() if isinstance(delta, Delta))
+        metrics = search(job, tell) if searched else train(job, tell)
 
         tell.stage("measuring the tuned model")
         record["after"] = job.measure()
         tell.evaluated("after", record["after"])
     notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
-    save(job.model, job.directory / rundir.ADAPTER, notes=notes)
+    prompt = wording(job.model, job.tokenizer)
+    notes |= {"prompt": prompt} if prompt is not None else {}
+    save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)
     heldout = [(0, record["before"]["loss"])]
     heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
     seconds, rows = metrics[-1]["seconds"], metrics[-1]["rows"]
@@ -194,9 +212,9 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     lowest held-out loss is what remains at the end.
     """
     recipe, model = job.recipe, job.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     deltas = [module for module in model.modules() if isinstance(module, Delta)]
-    optimizer = torch.optim.AdamW(trained, lr=job.rate, weight_decay=recipe.weight_decay, fused=True)
+    update = Updates(recipe, model, job.rate)
+    optimizer = update.optimizer
     rows_per_step = recipe.batch_size * recipe.accumulation
     step, counters = 0, dict[str, Any](rows=0, seconds=0.0, best_loss=math.inf, best_step=0, last_losses=[])
     best: dict[str, torch.Tensor] = {}
@@ -220,20 +238,21 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
             for rows in order[step % job.steps_per_epoch :][: job.steps - step]:
                 micro = [job.batch(rows[i : i + recipe.batch_size]) for i in range(0, len(rows), recipe.batch_size)]
                 terms = sum(terms_of(batch) for batch in micro)
-                loss = 0.0
-                for batch in micro:
-                    summed, _ = loss_sum(model, batch, job.task)
-                    (summed / terms).backward()
-                    loss += float(summed.detach()) / terms
-                for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
-                    term.backward()
+                update.begin(step, job.rate * factor_at(step, job.steps, recipe))
+                for _ in update.passes():
+                    loss = 0.0
+                    for batch in micro:
+                        summed, _ = loss_sum(model, batch, job.task)
+                        (summed / terms).backward()
+                        loss += float(summed.detach()) / terms
+                        del summed  # its graph knows the trained tensors in their old shape, which `settle` may change
+                    add_penalties(deltas)
 
-                norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.clip or math.inf))
+                norm = update.clip()
                 refuse_divergence(job, step, loss, norm, counters["last_losses"], rows)
-                for group in optimizer.param_groups:
-                    group["lr"] = job.rate * factor_at(step, job.steps, recipe)
                 optimizer.step()
                 step += 1
+                settle(model, step, partial(job.measure_again, step=step))
                 for delta in deltas:
                     delta.method.on_step(delta, step)
                     for tensor in delta.method.stale(delta, step):
@@ -276,12 +295,20 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                     break
             if out_of_patience(recipe, step, counters["best_step"]):
                 break
+    update.close()
     for tracker in trackers:
         tracker.close()
     if best:
         checkpoint.put(model, best)
+    settle(model, None, partial(job.measure_again, step=step))
     job.record["kept_step"] = counters["best_step"] if best else step
     return metrics
+
+
+def add_penalties(deltas: Sequence[Delta]) -> None:
+    """Add the gradients of the terms that methods put on their own tensors."""
+    for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
+        term.backward()
 
 
 def due(recipe: Recipe, step: int, last_saved: float) -> bool:
@@ -303,7 +330,8 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
 
     `loaded` is the recipe's model where it is in memory already, with nothing attached to it.
     """
-    method = build_method(recipe)
+    method, rule, schedule = build_method(recipe), rule_of(recipe), schedule_of(recipe)
+    recipe = with_preset(recipe, method)
     names_in(recipe.track)
     directory = rundir.new_directory(recipe) if directory is None else directory
     if recipe.threads:
@@ -323,16 +351,23 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
     labels = label_names(train_examples) if task == "classify" else None
     if loaded is None:
         loaded = load_model(
-            recipe.model, task=task, labels=labels, dtype=recipe.dtype, device=recipe.device, head_seed=recipe.seed
+            recipe.model,
+            task=task,
+            labels=labels,
+            dtype=recipe.dtype,
+            device=recipe.device,
+            head_seed=recipe.seed,
+            context=recipe.context,
         )
     model = loaded.model
-    train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples)
+    parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules)]
+    reserved = sum(part.method.virtual_tokens for part in parts if isinstance(part.method, InputMethod))
+    train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples, reserved)
     for note in (*loaded.notes, *train_rows.report.notes):
         tell.note(note)
 
     tell.stage("attaching")
     pad_id = loaded.tokenizer.pad_token_id
-    parts = placed_parts(method, recipe.where, loaded.new_modules)
     format = rundir.format_named(recipe.quantize) if recipe.quantize else None
     together = format is not None and any(part.method.takes_out for part in parts)
     if format is not None and not together:
@@ -348,13 +383,18 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
     attached = require_state(model, "tune").adapters["default"].parts
     for part in attached:
         tell.note(f"{type(part.method).__name__} at {len(part.places)} sites ({part.where})")
-    rate = recipe.learning_rate if recipe.learning_rate is not None else parts[0].method.rate(width_of(model))
+    refuse(Point(recipe, rule, schedule, [part.method for part in attached], model))
+    natural = float(f"{parts[0].method.rate(width_of(model)) * rule.relative_rate:.2g}")
+    rate = recipe.learning_rate if recipe.learning_rate is not None else natural
     tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {rate:g}")
     longest = max(len(row.ids) for part_rows in (train_rows, heldout_rows) for row in part_rows)
     labelled = task in ("classify", "regress") and recipe.packing != "off"
     seam = seam_of(model, train_rows, pad_id) if labelled else None
+    group = group_of(recipe, model, task, longest)
     packing = packing_of(recipe, model, task, longest, seam)
     tell.note(f"packing: {packing}")
+    if group is not None:
+        tell.note(f"attention while training: in groups of {group} tokens, half of the heads shifted")
 
     steps_per_epoch = math.ceil(len(train_rows) / (recipe.batch_size * recipe.accumulation))
     steps = recipe.steps or max(1, math.ceil(recipe.epochs * steps_per_epoch))
@@ -370,6 +410,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
             "class": loaded.model_class,
             "parameters": total - trainable,
             "dtype": str(loaded.dtype).removeprefix("torch."),
+            "context": loaded.max_length,
         },
         "data": {
             "path": recipe.data,
@@ -382,9 +423,12 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
         "method": [
             {"method": to_json(part.method), "where": part.where, "sites": len(part.places)} for part in attached
         ],
+        "optimizer": to_json(rule),
+        "active": to_json(schedule),
         "learning_rate": rate,
         "steps": steps,
         "packing": packing,
+        "group": group,
         "trainable": trainable,
         "total": total,
     }
@@ -398,12 +442,14 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
         heldout_rows=heldout_rows,
         pad_id=pad_id,
         packing=packing,
+        group=group,
         seam=seam,
         pieces=PIECES if recipe.faster else (),
         rate=rate,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         record=record,
+        tokenizer=loaded.tokenizer,
     )
 
 
@@ -441,10 +487,13 @@ def label_names(rows: Sequence[Any]) -> list[str]:
 
 
 def encoded(
-    recipe: Recipe, loaded: Loaded, train: Sequence[Example], heldout: Sequence[Example]
+    recipe: Recipe, loaded: Loaded, train: Sequence[Example], heldout: Sequence[Example], reserved: int = 0
 ) -> tuple[EncodedSet, EncodedSet]:
-    """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused."""
-    limit = recipe.max_length or loaded.max_length
+    """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused.
+
+    Of the positions a model has, those `reserved` for virtual tokens are left free.
+    """
+    limit = recipe.max_length or (loaded.max_length - reserved if loaded.max_length else None)
     settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
     if loaded.task == "seq2seq":
         settings["decoder_start"] = loaded.model.config.decoder_start_token_id
@@ -468,6 +517,15 @@ def placed_parts(method: Any, where: str | None, new_modules: Sequence[str]) -> 
     return parts
 
 
+def worded(part: Placed, tokenizer: Any) -> Placed:
+    """The same part; a method that starts as a text gets its token ids, which methods cannot know."""
+    text = getattr(part.method, "text", "")
+    if not text or part.method.tokens:  # type: ignore[attr-defined]
+        return part
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return Placed(dataclasses.replace(part.method, tokens=ids), part.where)  # type: ignore[call-arg]
+
+
 def measured(
     model: nn.Module, parts: Sequence[Placed], rows: EncodedSet, task: str, pad_id: int, tell: Reporter
 ) -> dict[str, torch.Tensor]:
@@ -481,9 +539,25 @@ def measured(
         device = next(model.parameters()).device
         chosen = [collate([row], pad_id) for row in rows[:MEASURED_ROWS]]
         on_device = [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
-        measure = MEASURES[wanted]
-        found |= measure(model, on_device, part.where, loss=lambda m, batch: loss_sum(m, dict(batch), task)[0])
+        found |= statistics_of(model, part, on_device, task)
     return found
+
+
+def statistics_of(model: nn.Module, part: Part, rows: Sequence[Batch], task: str) -> dict[str, torch.Tensor]:
+    """What a part's method wants measured, on batches of one row."""
+    measure = MEASURES[part.method.statistics or ""]
+    return measure(model, rows, part.where, loss=lambda m, batch: loss_sum(m, batch, task)[0])
+
+
+def group_of(recipe: Recipe, model: nn.Module, task: str, longest: int) -> int | None:
+    """Tokens in a group of shifted attention, None where attention is full."""
+    if recipe.attention != "shifted":
+        return None
+    if task != "causal" or not can_shift(model, longest):
+        raise UserError("attention: shifted is for causal models and methods that can be packed", fix="attention: full")
+    if recipe.packing in ("shared", "off"):
+        raise UserError(f"packing: {recipe.packing} leaves rows without groups of their own", fix="packing: plain")
+    return recipe.group or group_for(longest)
 
 
 def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: Seam | None) -> str:
@@ -501,7 +575,7 @@ def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: 
     rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     rates += [getattr(module.method, "dropout", 0.0) for module in model.modules() if isinstance(module, Delta)]
     rates.append(getattr(getattr(model, "config", None), "attention_dropout", 0.0) or 0.0)
-    if recipe.packing == "plain" or (recipe.packing == "auto" and any(rates)):
+    if recipe.packing == "plain" or (recipe.packing == "auto" and (any(rates) or recipe.attention == "shifted")):
         return "plain"
     if any(rates):
         raise UserError("packing: shared beginnings are not exact under dropout", fix="packing: plain, or dropout 0")

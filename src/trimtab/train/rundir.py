@@ -45,6 +45,7 @@ class Run:
             dtype=known["dtype"],
             device=device,
             head_seed=self.recipe.seed,
+            context=self.recipe.context,
         )
         found = fingerprint(loaded.directory or loaded.model)
         if found != known["fingerprint"]:

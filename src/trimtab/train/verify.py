@@ -27,7 +27,7 @@ from trimtab.core.save import adapter_tensors, load, save
 from trimtab.data.batches import IGNORED, batches, collate
 from trimtab.data.encode import Encoded
 from trimtab.data.packing import SHARE, bag, pack
-from trimtab.engine.attention import can_pack
+from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.checkpointing import POLICIES, checkpointing
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum, on, terms_of
@@ -86,16 +86,17 @@ def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
         "accumulated = alone, last window short": lambda: gradients(job, [padded(job, part) for part in parts]),
     }
     packing = job.task == "causal" and can_pack(job.model, max(len(row.ids) for row in rows))
+    ends = edited_ends(job.model) or ()
     if job.seam is not None:
         start = job.seam.first_position
         ways["packed = alone"] = lambda: gradients(job, [bag(rows, start)])
         ways["packed and accumulated = alone"] = lambda: gradients(job, [bag(part, start) for part in parts])
         ways["fast pieces = alone"] = lambda: gradients(job, [bag(rows, start)], job.pieces)
     elif packing:
-        ways["packed = alone"] = lambda: gradients(job, [pack(rows, None)])
-        ways["packed with common beginnings = alone"] = lambda: gradients(job, [pack(rows, SHARE)])
-        ways["packed and accumulated = alone"] = lambda: gradients(job, [pack(part, SHARE) for part in parts])
-        ways["fast pieces = alone"] = lambda: gradients(job, [pack(rows, SHARE)], job.pieces)
+        ways["packed = alone"] = lambda: gradients(job, [pack(rows, None, ends)])
+        ways["packed with common beginnings = alone"] = lambda: gradients(job, [pack(rows, SHARE, ends)])
+        ways["packed and accumulated = alone"] = lambda: gradients(job, [pack(part, SHARE, ends) for part in parts])
+        ways["fast pieces = alone"] = lambda: gradients(job, [pack(rows, SHARE, ends)], job.pieces)
     else:
         ways["fast pieces = alone"] = lambda: gradients(job, [padded(job, rows)], job.pieces)
     for policy in POLICIES[1:]:

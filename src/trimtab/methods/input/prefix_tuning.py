@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core.method import InputMethod
+from trimtab.core.errors import UserError
+from trimtab.core.method import InputMethod, Method
 from trimtab.core.site import Site
 
 
@@ -19,8 +20,8 @@ class PrefixTuning(InputMethod):
     """head = Attn(q, [P_k; k], [P_v; v]), with P = tanh(E Vᵀ + c) Oᵀ + o while training.
 
     E (length, width) ~ N(0, 1) and V (hidden, width) are shared by all sites, O (out, hidden) and o (out) belong to one
-    k or v; with `hidden=None` P (length, out) ~ N(0, 0.02²) is trained directly. Adds `length` keys and values to every
-    attention. Not mergeable.
+    k or v; with `hidden=None` P (length, out) ~ N(0, 0.02²) is trained directly, and baked that is what is left of the
+    network. Adds `length` keys and values to every attention. Not mergeable.
     arXiv 2101.00190, 2110.07602 (direct). P stands where k and v come out of their projections, so a rotary model
     rotates P_k by its position; PEFT stores it rotated already.
     """
@@ -32,6 +33,14 @@ class PrefixTuning(InputMethod):
 
     length: int = 20
     hidden: int | None = 512
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or (self.hidden is not None and self.hidden < 1):
+            problem = f"length={self.length}, hidden={self.hidden}"
+            raise UserError(f"PrefixTuning: {problem}", fix="both from 1 on, or hidden=None to train P itself")
+
+    def rate(self, width: int) -> float:
+        return 5 * super().rate(width) if self.hidden is None else super().rate(width)  # P alone starts near 0
 
     @property
     def virtual_tokens(self) -> int:
@@ -62,3 +71,6 @@ class PrefixTuning(InputMethod):
             return p.P
         z = p.shared
         return F.linear(torch.tanh(F.linear(z.E, z.V, z.c)), p.O, p.o)
+
+    def bake(self, p: Any) -> tuple[Method, dict[str, Tensor]] | None:
+        return None if self.hidden is None else (replace(self, hidden=None), {"P": self.virtual(p)})

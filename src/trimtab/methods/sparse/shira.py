@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.method import WeightMethod
-from trimtab.core.site import Base, Site
-from trimtab.core.sparse import sparse_linear
+from trimtab.core.mask import Sparse
+from trimtab.core.site import Site
 
 MASKS = ("random", "magnitude", "structured")
 
 
 @dataclass(frozen=True)
-class SHiRA(WeightMethod):
+class SHiRA(Sparse):
     """W' = W + Σ_i v_i at rank·(in + out) fixed entries, as many values as LoRA trains, but not of low rank.
 
     `index` (k) holds flat places of W: `random` ones, the largest |W| (`magnitude`), or evenly spaced rows and columns
@@ -27,8 +26,6 @@ class SHiRA(WeightMethod):
     """
 
     paper: ClassVar[str] = "2406.13175"
-    learning_rate: ClassVar[float] = 4e-4
-    width_power: ClassVar[float] = 1.0
 
     rank: int = 32
     mask: str = "random"
@@ -58,9 +55,3 @@ class SHiRA(WeightMethod):
 
     def count(self, site: Site) -> int:
         return min(self.rank * (site.in_features + site.out_features), site.in_features * site.out_features)
-
-    def weight(self, W: Tensor, p: Any) -> Tensor:
-        return W.flatten().index_add(0, p.index, p.value.to(W.dtype)).view_as(W)
-
-    def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
-        return base(x) + sparse_linear(x, p.value, p.index, base.shape)

@@ -18,9 +18,10 @@ from trimtab.core.site import Base, Site
 class BOFT(WeightMethod):
     """W' = diag(s) W Rᵀ with R = G_m … G₁ and G_i = P_i diag(R_i1 … R_in) P_iᵀ: y = s ∘ (W (Rᵀ x)) + b.
 
-    P_i brings half blocks 2^(i−1) apart together, so that after m = log₂(in / block_size) + 1 factors every input meets
+    P_i brings half blocks 2^(i−1) apart together, so that after log₂(in / block_size) + 1 factors every input meets
     every other. R_ij = (I − S)(I + S)⁻¹, S = ½(D − Dᵀ), where D (factors, in / block_size, block_size, block_size)
-    starts at 0 and s (out) at 1. Costs factors·block_size·in multiplications per token; nothing after merging. Mergeable.
+    starts at 0 and s (out) at 1. Costs factors·block_size·in multiplications per token; nothing after merging.
+    Mergeable.
     arXiv 2311.06243. As in the official code D is stored whole and s does not scale the bias; PEFT uses a single factor
     where its CUDA extension is missing, whatever it is asked for.
     """

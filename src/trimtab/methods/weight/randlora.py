@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,13 +20,15 @@ class RandLoRA(LowRank):
     A (rank, in) and B_j (out, rank), uniform of deviation 1, are frozen and shared by all sites, each taking leading
     rows and columns. λ (n, rank), which starts at 0, and γ (n, in), at 1/max(n, in), are trained. A site with in > out
     uses the same bases transposed, so that A and γ are on its shorter side. A larger rank means fewer trained values.
-    Costs 2·min(in, out)·(in + out) multiplications per token; nothing after merging. Mergeable.
+    Costs 2·min(in, out)·(in + out) multiplications per token and builds bases of the weight's size in every step;
+    nothing after merging. Mergeable.
     arXiv 2502.00987. PEFT numbers the columns of B base by base and the rows of A row by row, and so pairs
     them in another way than the equation does.
     """
 
     paper: ClassVar[str] = "2502.00987"
     learning_rate: ClassVar[float] = 1e-3
+    laws: ClassVar[Mapping[str, str]] = {"cost": "bases of full rank have the weight's size together"}
 
     rank: int = 32
     alpha: float = 640.0

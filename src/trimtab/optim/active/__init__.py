@@ -1,0 +1,1 @@
+"""Schedules of what trains when, one file each."""

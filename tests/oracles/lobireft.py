@@ -1,0 +1,27 @@
+"""LobiReFT (arXiv 2404.03592, appendix): h + R^T b at the first and last positions of the prompt.
+
+R's rows are an orthonormal basis of the rows of the trained M, each turned towards its own row of M: here from the
+Cholesky factor of the Gram matrix, M = L R with L lower triangular.
+"""
+
+import numpy as np
+
+
+def edited(is_prompt, first, last):
+    """The places of a row's edited tokens: min(first, n // 2) in front, min(last, ceil(n / 2)) behind."""
+    places = np.flatnonzero(is_prompt)
+    n = len(places)
+    front, back = min(first, n // 2), min(last, int(np.ceil(n / 2)))
+    return [*places[:front], *places[n - back :]]
+
+
+def oracle(x, W, b, p, method, context):
+    h, prompt, M = context["h"], context["prompt"], p["M"]
+    R = np.linalg.solve(np.linalg.cholesky(M @ M.T), M)
+    constant = sum(p["b"][k] * R[k] for k in range(method.rank))
+    y = h.copy()
+    for row in range(h.shape[0]):
+        is_prompt = np.ones(h.shape[1]) if prompt is None else prompt[row]
+        for place in edited(is_prompt, method.first, method.last):
+            y[row, place] += constant
+    return y

@@ -1,0 +1,54 @@
+"""Methods that decide something over all their sites during a run: new masks, the end of gates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.conftest import WORDS, save_model, write_rows
+from tests.train.test_resume import adapter, stopped_at
+
+from trimtab.core.registry import find
+from trimtab.train.recipe import Recipe, recipe_from
+from trimtab.train.run import resume, tune
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("settling")
+    found = [{"prompt": f"say {one} {two}", "completion": f"{two} {one}"} for one in WORDS[:6] for two in WORDS[6:12]]
+    rows = write_rows(folder / "rows.jsonl", found)
+    values: dict[str, Any] = {"model": str(save_model(folder / "tiny", chat=True)), "data": str(rows)}
+    values |= {"method": "lora", "batch_size": 6, "steps": 9, "heldout": "4", "save_every": 1, "device": "cpu"}
+    return recipe_from(values)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fish_dip": {"every": 3, "density": 0.02},
+    "diff_pruning": {"gates_until": 5, "density": 0.02},
+    "structured_diff_pruning": {"gates_until": 50, "density": 0.02},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_ends_sparse_and_resumes_to_the_same_bytes(recipe: Recipe, name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load
+
+    job = replace(recipe, method=name, settings=SETTINGS[name])
+    result = tune(replace(job, output=str(tmp_path / "whole")))
+    assert result.after["loss"] < result.before["loss"]
+    stored = load(adapter(tmp_path / "whole"))
+    values = [one for key, one in stored.items() if key.endswith(".value")]
+    total = sum(one.numel() for one in values)
+    assert all(one.ndim == 1 for one in values)
+    assert 0 < total < 0.03 * result.total
+    if name == "fish_dip":
+        assert any(one.numel() for key, one in stored.items() if key.endswith(".kept_value"))
+    assert find(name).elastic >= {"value", "index"}
+    for step in (4, 7):
+        directory = tmp_path / f"stopped-{step}"
+        stopped_at(job, directory, step)
+        resume(directory)
+        assert adapter(directory) == adapter(tmp_path / "whole")
