@@ -39,6 +39,7 @@ from trimtab.data.forms import Labelled, PromptCompletion, detect, examples, spl
 from trimtab.data.reading import read
 from trimtab.models.loading import Loaded, load
 from trimtab.models.starters import quiet_transformers
+from trimtab.train.interrupt import Stopped
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
 from trimtab.train.run import Job, prepare, train, width_of
@@ -454,11 +455,15 @@ def main() -> None:
         task = replace(TASKS[name], rows=asked.rows) if asked.rows else TASKS[name]
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(name, task, asked.data, Path(folder))
-            complete &= carry_out(bench, compared(task, asked.methods), asked.rates, until)
+            try:
+                complete &= carry_out(bench, compared(task, asked.methods), asked.rates, until)
+            except Stopped:
+                complete = False
+                until = time.monotonic()
             publish(bench, compared(task, ["*"]), asked.rates)
             print((RESULTS / f"{name}.md").read_text(encoding="utf-8"))
     if not complete:
-        sys.exit("the time is over; start again to go on")
+        sys.exit("not all is done; start again to go on")
 
 
 if __name__ == "__main__":

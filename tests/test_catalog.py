@@ -16,13 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 README, GALLERY = ROOT / "README.md", ROOT / "docs" / "methods.md"
 
 
-def outline() -> Any:
-    """A tiny Llama without weights."""
+def outline(architecture: str = "llama") -> Any:
+    """A tiny model without weights."""
     import transformers
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     with torch.device("meta"):
+        if architecture == "bert":
+            return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_attention_heads=4))
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
         return transformers.LlamaForCausalLM(config)
 
 
@@ -76,6 +78,14 @@ def test_counts_by_formula_are_those_of_attaching(name: str) -> None:
     tt.attach(model, attachable(name, kind))
     assert found["parameters"] == sum(one.numel() for one in model.parameters() if one.requires_grad)
     assert found["share"] == found["parameters"] / sum(one.numel() for one in outline().parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_everything_is_counted_or_says_why_not(architecture: str) -> None:
+    model = outline(architecture)
+    for name, kind in entries():
+        found = on_model(name, model, 32, kind)
+        assert found.get("problem") or found.get("bytes") or found["parameters"] > 0, name
 
 
 def test_a_method_that_does_not_go_on_a_model_says_why() -> None:

@@ -16,7 +16,7 @@ from trimtab.core.delta import State
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.method import Method, Placed, WeightMethod
 from trimtab.core.registry import find, name_of, names, to_json
-from trimtab.core.select import select
+from trimtab.core.select import WEIGHTLESS, select
 from trimtab.core.site import Site
 
 KINDS = ("methods", "presets", "start", "storage")
@@ -185,7 +185,7 @@ def trained_values(model: nn.Module, method: Attachable, where: str | None = Non
 
 def matrices(site: Site) -> int:
     """How many matrices a site stacks: the experts of a mixture, else one."""
-    if site.kind == "opaque":
+    if site.kind in WEIGHTLESS:
         return 1
     W = site.base.weight
     return W.shape[0] if W.ndim == 3 else 1

@@ -133,10 +133,7 @@ def test_every_alias_is_known_to_the_command_line(trimtab: Run, asked: list[Reci
 
 def test_flags_override_the_recipe_file_under_any_name(trimtab: Run, asked: list[Recipe], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "base_model: m\ndata: d\nlr: 1e-4\n"
-        "peft_type: lora\nlora_r: 2\nalpha: 4\ncheckpointing: true\n"
-    )
+    recipe.write_text("base_model: m\ndata: d\nlr: 1e-4\npeft_type: lora\nlora_r: 2\nalpha: 4\ncheckpointing: true\n")
     trimtab("tune", recipe)
     trimtab("tune", recipe, "--lr", "5e-4", "--rank", "32", "--checkpointing", "off", "--model", "other")
     recipe.write_text("base_model: m\ndata: d\nmethod: lora\n")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trimtab.catalog import matrices
 from trimtab.core.delta import Cast, edited_modules
 from trimtab.core.errors import UserError
 from trimtab.core.install import plain_base
@@ -17,7 +18,6 @@ from trimtab.core.merge import merge
 from trimtab.core.method import WeightMethod
 from trimtab.core.quantized import Code, dequantize
 from trimtab.core.select import Place
-from trimtab.core.site import Site
 from trimtab.laws.case import Case, excuses, sites_of
 from trimtab.laws.hosts import TOKENS, Alone, Host
 from trimtab.laws.judging import close, codes, move, require, same_bits, trainable
@@ -43,14 +43,6 @@ def count(case: Case) -> None:
         total = sum(parameter.numel() for parameter in found.values())
         slack = per_site if per_site > 1 else 0
         require(abs(total - formula) <= slack, f"{total} values are trained on {device}, the formula says {formula}")
-
-
-def matrices(site: Site) -> int:
-    """How many matrices a site stacks: the experts of a mixture, else one."""
-    if site.kind in ("opaque", "attention"):
-        return 1
-    W = site.base.weight
-    return W.shape[0] if W.ndim == 3 else 1
 
 
 @law(7, "quantized", storages="codes")

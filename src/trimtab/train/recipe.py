@@ -243,13 +243,17 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
 
 
 def said_twice(values: Mapping[str, Any]) -> list[str]:
-    """Keys that are one and the same under two names, such as `lr` and `learning_rate`."""
-    spelled: dict[str, list[str]] = {}
+    """Keys that are one and the same under two names, such as `lr` and `learning_rate`, with different values."""
+    spelled: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         plain = str(key).replace("-", "_")
         if value is not None:
-            spelled.setdefault(ALIASES.get(plain, plain), []).append(repr(key))
-    return [f"{listing(keys)} are the same key" for keys in spelled.values() if len(keys) > 1]
+            spelled.setdefault(ALIASES.get(plain, plain), {})[f"{key}: {value}"] = value
+    return [
+        f"{listing(said)} are the same key"
+        for said in spelled.values()
+        if any(value != next(iter(said.values())) for value in said.values())
+    ]
 
 
 def named_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
