@@ -64,8 +64,9 @@ def compare(mine: Any, other: Any, pairs: list[tuple[Tensor, Any, Any]]) -> None
     x = torch.randn(3, 5, mine.layers[0].in_features, generator=torch.Generator().manual_seed(5))
     y, z = mine(x), other(x)
     agree(y, z, "outputs")
-    y.square().mean().backward()
-    z.square().mean().backward()
+    uneven = torch.linspace(0.5, 1.5, y.shape[-1])  # a loss that a rotation of the outputs changes
+    (uneven * y).square().mean().backward()
+    (uneven * z).square().mean().backward()
     for one, there, view in pairs:
         if one.requires_grad:
             agree(view(one.grad), there.grad, f"gradient of {tuple(there.shape)}")
