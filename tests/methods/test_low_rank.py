@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
+from trimtab.core import attach as attaching
+from trimtab.core.delta import State
 from trimtab.core.save import adapter_tensors
-from trimtab.core.site import RawBase, Site
+from trimtab.core.site import RawBase
 
 SIZES = {"q_proj": (24, 24), "v_proj": (24, 12)}
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(9))
@@ -106,14 +108,36 @@ def test_what_a_user_can_get_wrong(name: str, settings: dict[str, Any], said: st
         made(name, **settings)
 
 
-LLAMA = {"q": (3072, 3072), "v": (1024, 3072)}
-"""q and v of Llama-3.2-3B as (out, in), 28 layers: the counts are those of PEFT's published runs."""
+QV = 28 * (3072 + 1024)
+"""Outputs of q and v in all layers."""
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """Llama-3.2-3B on the meta device: q and v are (3072, 3072) and (1024, 3072), 28 layers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "vocab_size": 128256}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True)
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)
 
 
 @pytest.mark.parametrize(
     "name, settings, expected",
     [
         ("lora", {"rank": 32}, 9_175_040),
+        ("lora", {"rank": 64, "rank_power": 0.5}, 18_350_080),
+        ("magnitude", {"inner": tt.LoRA(rank=32)}, 9_289_728),
+        ("ia3", {}, 286_720),
+        ("ln_tuning", {}, 175_104),
+        ("prefix_tuning", {"length": 200, "hidden": None}, 11_468_800),
+        ("relora", {"rank": 32}, 9_175_040),
+        ("delta_lora", {"rank": 32}, 9_175_040),
+        ("dylora", {"rank": 32}, 9_175_040),
+        ("qa_lora", {"rank": 16, "group_size": 32}, 28 * 2 * 16 * 3072 // 32 + 16 * QV),
+        ("ssf", {}, 2 * QV),
+        ("output_bias", {}, QV),
+        ("full", {}, 3072 * QV),
         ("lora_fa", {"rank": 32}, 3_670_016),
         ("vera", {"rank": 256}, 129_024),
         ("adalora", {"rank": 64, "target": 32}, 18_353_664),
@@ -133,20 +157,24 @@ LLAMA = {"q": (3072, 3072), "v": (1024, 3072)}
         ("bat", {"block_size": 64}, 7_340_032),
         ("fourier_ft", {"coefficients": 1000}, 56_000),
         ("hra", {"rank": 8}, 28 * 2 * 8 * 3072),
-        ("c3a", {"block_size": 256}, 28 * (3072 * 3072 + 3072 * 1024) // 256),
-        ("svft", {"pattern": "plain"}, 28 * (3072 + 1024)),
-        ("road", {}, 28 * (3072 + 1024)),
+        ("c3a", {"block_size": 256}, 3072 * QV // 256),
+        ("svft", {"pattern": "plain"}, QV),
+        ("svft", {"pattern": "banded", "width": 2}, 5 * QV - 28 * 2 * 6),
+        ("road", {}, QV),
         ("mora", {"rank": 8}, 28 * (222**2 + 180**2)),
     ],
 )
-def test_counts_at_the_sizes_of_a_real_model(name: str, settings: dict[str, Any], expected: int) -> None:
+def test_counts_at_the_sizes_of_a_real_model(name: str, settings: dict[str, Any], expected: int, llama: Any) -> None:
+    """Of the formula, and of what is attached; most are those of PEFT's published runs on this model."""
     method = tt.methods()[name](**settings)
-    sites = [
-        Site(f"layers.{layer}.{role}", RawBase(torch.empty(shape, device="meta")), "linear", role)
-        for layer in range(28)
-        for role, shape in LLAMA.items()
-    ]
+    where = None if name in ("ia3", "ln_tuning", "prefix_tuning", "prompt_tuning") else "q, v"
+    (part,) = attaching.plan(llama, method, where)
+    sites = [attaching.site_at(llama, State(), place, index) for index, place in enumerate(part.places)]
     assert sum(method.count(site) for site in sites) + method.count_shared(sites) == expected
+    tt.attach(llama, method, where)
+    found = sum(parameter.numel() for parameter in trained(llama))
+    tt.detach(llama)
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -392,7 +420,7 @@ def test_what_a_method_does_over_the_steps_it_does_under_a_magnitude() -> None:
 @pytest.mark.parametrize("start", ["pissa", "milora", "olora"])
 def test_a_magnitude_over_a_started_lora(start: str, tmp_path: Any) -> None:
     """Identity at the start, the same after saving; on weights to be quantized the codes lack what the start took."""
-    method = tt.methods()["magnitude"](inner=tt.LoRA(rank=3, start=start))
+    method = tt.methods()["magnitude"](inner=tt.LoRA(rank=3, alpha=3.0, start=start))
     for format in (None, tt.NF4()):
         torch.manual_seed(0)
         dense = Pair()
