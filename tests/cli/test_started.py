@@ -74,3 +74,19 @@ def test_loftq_without_a_format_says_what_to_do(trimtab: Callable[..., Any], cha
     done = trimtab("tune", "--model", chat_model, "--data", prompts, "--method", "loftq")
     assert done.code == 2
     assert "--quantize nf4" in done.err
+
+
+@pytest.mark.slow
+def test_svdquant_from_a_data_file_to_a_plain_model(
+    trimtab: Callable[..., Any], chat_model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    model = ["--model", chat_model, "--data", prompts]
+    done = trimtab("tune", *model, *SHORT, "--method", "lora", "--quantize", "svdquant", "--output", "run")
+    assert done.code == 0, done.err
+    assert done.document["after"]["loss"] < done.document["before"]["loss"]
+    loaded, _ = open_run("run").load()
+    kinds = {type(module.code.format).__name__ for _, module in quantized_modules(loaded)}  # type: ignore[union-attr]
+    assert kinds == {"SVDQuant"}
+    merged = trimtab("merge", "run", "--out", "merged", "--json")
+    assert merged.code == 0, merged.err
+    assert merged.document["equal"]

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
+from trimtab.core import attach as attaching
+from trimtab.core.delta import State
 from trimtab.core.save import adapter_tensors
-from trimtab.core.site import RawBase, Site
+from trimtab.core.site import RawBase
 
 SIZES = {"q_proj": (24, 24), "v_proj": (24, 12)}
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(9))
@@ -98,6 +100,7 @@ def test_settings_by_site_come_back_from_a_file(tmp_path: Any) -> None:
         ("mora", {"rank": 0}, "rank=0"),
         ("hira", {"rank": 0}, "rank=0"),
         ("delta_lora", {"warmup": -1}, "warmup=-1"),
+        ("lora_drop", {"keep": 1.5}, "keep=1.5"),
     ],
 )
 def test_what_a_user_can_get_wrong(name: str, settings: dict[str, Any], said: str) -> None:
@@ -105,14 +108,36 @@ def test_what_a_user_can_get_wrong(name: str, settings: dict[str, Any], said: st
         made(name, **settings)
 
 
-LLAMA = {"q": (3072, 3072), "v": (1024, 3072)}
-"""q and v of Llama-3.2-3B as (out, in), 28 layers: the counts are those of PEFT's published runs."""
+QV = 28 * (3072 + 1024)
+"""Outputs of q and v in all layers."""
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """Llama-3.2-3B on the meta device: q and v are (3072, 3072) and (1024, 3072), 28 layers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "vocab_size": 128256}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True)
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)
 
 
 @pytest.mark.parametrize(
     "name, settings, expected",
     [
         ("lora", {"rank": 32}, 9_175_040),
+        ("lora", {"rank": 64, "rank_power": 0.5}, 18_350_080),
+        ("magnitude", {"inner": tt.LoRA(rank=32)}, 9_289_728),
+        ("ia3", {}, 286_720),
+        ("ln_tuning", {}, 175_104),
+        ("prefix_tuning", {"length": 200, "hidden": None}, 11_468_800),
+        ("relora", {"rank": 32}, 9_175_040),
+        ("delta_lora", {"rank": 32}, 9_175_040),
+        ("dylora", {"rank": 32}, 9_175_040),
+        ("qa_lora", {"rank": 16, "group_size": 32}, 28 * 2 * 16 * 3072 // 32 + 16 * QV),
+        ("ssf", {}, 2 * QV),
+        ("output_bias", {}, QV),
+        ("full", {}, 3072 * QV),
         ("lora_fa", {"rank": 32}, 3_670_016),
         ("vera", {"rank": 256}, 129_024),
         ("adalora", {"rank": 64, "target": 32}, 18_353_664),
@@ -120,6 +145,7 @@ LLAMA = {"q": (3072, 3072), "v": (1024, 3072)}
         ("lokr", {"rank": 32, "factor": 4}, 2_294_656),
         ("randlora", {"rank": 32}, 9_289_728),
         ("vb_lora", {}, 1_212_416),
+        ("lora_drop", {"rank": 32}, 9_175_040 + 32 * (2 * 3072 + 3072 + 1024)),
         ("gralora", {"rank": 32}, 9_175_040),
         ("hira", {"rank": 32}, 9_175_040),
         ("lora_xs", {"rank": 32}, 28 * 2 * 32 * 32),
@@ -131,20 +157,24 @@ LLAMA = {"q": (3072, 3072), "v": (1024, 3072)}
         ("bat", {"block_size": 64}, 7_340_032),
         ("fourier_ft", {"coefficients": 1000}, 56_000),
         ("hra", {"rank": 8}, 28 * 2 * 8 * 3072),
-        ("c3a", {"block_size": 256}, 28 * (3072 * 3072 + 3072 * 1024) // 256),
-        ("svft", {"pattern": "plain"}, 28 * (3072 + 1024)),
-        ("road", {}, 28 * (3072 + 1024)),
+        ("c3a", {"block_size": 256}, 3072 * QV // 256),
+        ("svft", {"pattern": "plain"}, QV),
+        ("svft", {"pattern": "banded", "width": 2}, 5 * QV - 28 * 2 * 6),
+        ("road", {}, QV),
         ("mora", {"rank": 8}, 28 * (222**2 + 180**2)),
     ],
 )
-def test_counts_at_the_sizes_of_a_real_model(name: str, settings: dict[str, Any], expected: int) -> None:
+def test_counts_at_the_sizes_of_a_real_model(name: str, settings: dict[str, Any], expected: int, llama: Any) -> None:
+    """Of the formula, and of what is attached; most are those of PEFT's published runs on this model."""
     method = tt.methods()[name](**settings)
-    sites = [
-        Site(f"layers.{layer}.{role}", RawBase(torch.empty(shape, device="meta")), "linear", role)
-        for layer in range(28)
-        for role, shape in LLAMA.items()
-    ]
+    where = None if name in ("ia3", "ln_tuning", "prefix_tuning", "prompt_tuning") else "q, v"
+    (part,) = attaching.plan(llama, method, where)
+    sites = [attaching.site_at(llama, State(), place, index) for index, place in enumerate(part.places)]
     assert sum(method.count(site) for site in sites) + method.count_shared(sites) == expected
+    tt.attach(llama, method, where)
+    found = sum(parameter.numel() for parameter in trained(llama))
+    tt.detach(llama)
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -283,6 +313,139 @@ def test_delta_lora_is_the_papers_recurrence() -> None:
         before = now
         wanted = X @ (W + 2.0 * now).T + model.q_proj.bias
         assert torch.allclose(model.q_proj(X), wanted, atol=1e-5), step
+
+
+class Four(nn.Module):
+    """Four sites of one shape and one of another, on inputs of very different size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.ModuleList(nn.Linear(24, 24) for _ in range(4))
+        self.narrow = nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [layer(scale * x) for layer, scale in zip(self.square, (5.0, 0.02, 2.0, 0.01), strict=True)]
+        return torch.cat([sum(parts), self.narrow(0.03 * x)], -1)
+
+
+def test_lora_drop_keeps_what_puts_out_most_and_shares_the_rest() -> None:
+    torch.manual_seed(0)
+    model: Any = tt.attach(Four(), tt.methods()["lora_drop"](rank=2, measure=3), "*").train()
+    sites = [*model.square, model.narrow]
+    deltas = {str(n): site.delta["default"] for n, site in enumerate(sites)}
+    optimizer = torch.optim.Adam(trained(model), lr=0.05)
+    expected = torch.zeros(5)
+    seen: list[Tensor] = []
+    handles = [site.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for site in sites]
+    for step in (1, 2, 3):
+        seen.clear()
+        updates = [
+            delta.method.weight(torch.zeros(site.weight.shape), delta).detach()
+            for site, delta in zip(sites, deltas.values(), strict=True)
+        ]
+        run_once(model, deltas, step, optimizer)
+        expected += torch.stack([(x @ dW.T).square().sum() for x, dW in zip(seen, updates, strict=True)])
+    for handle in handles:
+        handle.remove()
+    shared = deltas["0"].shared
+    rows = [int((shared.key == delta.key).nonzero()) for delta in deltas.values()]
+    assert torch.allclose(shared.scores.view(torch.float32)[rows], expected, rtol=1e-4)
+    A = deltas["1"].A.detach().clone()
+    run_once(model, deltas, 4, optimizer)
+    order = expected.argsort(descending=True)
+    share = (expected / expected.sum())[order].cumsum(0)
+    important = set(order[: int((share < 0.9).sum()) + 1].tolist())
+    assert {n for n, delta in enumerate(deltas.values()) if float(delta.own)} == important
+    assert 1 not in important
+    assert 3 not in important
+    assert not torch.equal(A, deltas["1"].A)
+    assert all(not delta.B.any() for delta in deltas.values())
+    assert deltas["1"].method.stale(deltas["1"], 4)[0] is deltas["1"].A
+    run_once(model, deltas, 5, optimizer)
+    run_once(model, deltas, 6, optimizer)
+    assert not deltas["1"].B.any(), "a site that shares leaves its own pair alone"
+    assert shared.B_24_24.any()
+    updates = [deltas[n].method.weight(torch.zeros(24, 24), deltas[n]) for n in ("1", "3")]
+    assert torch.equal(*updates)
+    assert updates[0].any()
+    before = model.eval()(X)
+    assert torch.allclose(tt.as_lora(model)(X), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("masters", [None, torch.float32], ids=["bf16", "fp32 masters"])
+def test_lora_drop_measures_in_a_narrow_type_too(masters: Any) -> None:
+    """Its sums are neither cast nor rounded: a hundred steps of one output, added up."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(24, 24)).bfloat16()
+    tt.attach(model, tt.methods()["lora_drop"](rank=2), "*", dtype=masters).train()
+    delta = model[0].delta["default"]
+    with torch.no_grad():
+        delta.B.fill_(1.0)
+        for _ in range(100):
+            model(X.bfloat16())
+        update = 8.0 * delta.B.float() @ delta.A.float()
+    expected = 100 * (X @ update.T).square().sum()
+    assert float(delta.g.view(torch.float32)) == pytest.approx(float(expected), rel=0.02)
+
+
+def run_once(model: Any, deltas: dict[str, Any], step: int, optimizer: Any) -> None:
+    (model(X) - X.repeat(1, 2)[:, :36].roll(step)).square().mean().backward()
+    optimizer.step()
+    for delta in deltas.values():
+        delta.method.on_step(delta, step)
+        for tensor in delta.method.stale(delta, step):
+            optimizer.state.pop(tensor, None)
+    optimizer.zero_grad()
+
+
+def test_what_a_method_does_over_the_steps_it_does_under_a_magnitude() -> None:
+    """AdaLoRA's penalty and budget, ReLoRA's restarts."""
+    Magnitude = tt.methods()["magnitude"]
+    torch.manual_seed(0)
+    inner = tt.methods()["adalora"](rank=4, target=2, begin=1, end=4, every=1)
+    model: Any = tt.attach(Pair(), Magnitude(inner=inner), "*_proj").train()
+    deltas = {site: getattr(model, site).delta["default"] for site in SIZES}
+    optimizer = torch.optim.Adam(trained(model), lr=0.05)
+    assert deltas["q_proj"].method.penalty(deltas["q_proj"]).requires_grad
+    for step in range(1, 8):
+        run(model, deltas, range(step, step + 1), optimizer)
+    assert sum(int((delta.inner.lambda_ != 0).sum()) for delta in deltas.values()) == 4
+    model = tt.attach(Pair(), Magnitude(inner=tt.methods()["relora"](rank=2, every=3)), "*_proj")
+    delta = model.q_proj.delta["default"]
+    assert [one is two for one, two in zip(delta.method.stale(delta, 3), (delta.inner.A, delta.inner.B), strict=True)]
+    delta.method.on_step(delta, 3)
+    assert torch.equal(model(X), tt.activate(model, None)(X))
+
+
+@pytest.mark.parametrize("start", ["pissa", "milora", "olora"])
+def test_a_magnitude_over_a_started_lora(start: str, tmp_path: Any) -> None:
+    """Identity at the start, the same after saving; on weights to be quantized the codes lack what the start took."""
+    method = tt.methods()["magnitude"](inner=tt.LoRA(rank=3, alpha=3.0, start=start))
+    for format in (None, tt.NF4()):
+        torch.manual_seed(0)
+        dense = Pair()
+        before = dense(X)
+        model = tt.attach(dense, method, "*_proj", quantize=format)
+        assert (model(X) - before).abs().max() < (1e-5 if format is None else 0.2) * before.abs().max()
+        if format is not None:
+            assert model.q_proj.code.tensors()["up"].shape == (24, 3)
+        with torch.no_grad():
+            for parameter in trained(model):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        tt.save(model, tmp_path / str(format is None))
+        torch.manual_seed(0)
+        assert torch.equal(tt.load(Pair(), tmp_path / str(format is None))(X), model(X))
+
+
+def test_a_magnitude_takes_over_what_its_inner_method_says() -> None:
+    Magnitude, methods = tt.methods()["magnitude"], tt.methods()
+    assert Magnitude(inner=methods["lokr"]()).hosts == {"linear"}
+    assert Magnitude().hosts == {"linear", "embedding", "conv"}
+    assert "cost" in Magnitude(inner=methods["hira"]()).laws
+    assert Magnitude(inner=tt.LoRA(start="eva")).statistics == "covariance"
+    assert Magnitude(inner=methods["vera"]()).rate(1024) == methods["vera"]().rate(1024)
+    with pytest.raises(tt.UserError, match="weight method"):
+        Magnitude(inner=methods["houlsby"]())
 
 
 def test_dora_is_never_built_densely() -> None:

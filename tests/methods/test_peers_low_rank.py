@@ -64,8 +64,9 @@ def compare(mine: Any, other: Any, pairs: list[tuple[Tensor, Any, Any]]) -> None
     x = torch.randn(3, 5, mine.layers[0].in_features, generator=torch.Generator().manual_seed(5))
     y, z = mine(x), other(x)
     agree(y, z, "outputs")
-    y.square().mean().backward()
-    z.square().mean().backward()
+    uneven = torch.linspace(0.5, 1.5, y.shape[-1])  # a loss that a rotation of the outputs changes
+    (uneven * y).square().mean().backward()
+    (uneven * z).square().mean().backward()
     for one, there, view in pairs:
         if one.requires_grad:
             agree(view(one.grad), there.grad, f"gradient of {tuple(there.shape)}")
@@ -181,3 +182,50 @@ def test_gralora() -> None:
         pairs += [(delta.A, layer.gralora_A["default"], lambda one: one.mT)]
         pairs += [(delta.B, layer.gralora_B["default"], lambda one: one.mT)]
     compare(model, other, pairs)
+
+
+def test_lora_fa() -> None:
+    """PEFT's is a LoRA whose A an optimizer freezes; the factor by which that rescales B's gradient is not compared."""
+    from peft.optimizers import create_lorafa_optimizer
+
+    model, deltas = ours(tt.methods()["lora_fa"](rank=4, alpha=12.0), TALL, WIDE)
+    other, layers = theirs(peft.LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS), TALL, WIDE)
+    create_lorafa_optimizer(other, r=4, lora_alpha=12, lr=1e-3)
+    pairs: list[Any] = []
+    for delta, layer in zip(deltas, layers, strict=True):
+        assert not layer.lora_A["default"].weight.requires_grad
+        pairs += [(delta.A, layer.lora_A["default"].weight, same), (delta.B, layer.lora_B["default"].weight, same)]
+    compare(model, other, pairs)
+
+
+def test_qa_lora_is_pefts_over_the_number_of_groups() -> None:
+    """PEFT has it on GPTQ layers alone, so its branch runs beside a layer here; it multiplies by the groups, in / g."""
+    from types import SimpleNamespace
+
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    groups = 24 // 8
+    model, (delta,) = ours(tt.methods()["qa_lora"](rank=3, alpha=6.0, group_size=8), TALL)
+    A, B = nn.Linear(groups, 3, bias=False), nn.Linear(3, 40, bias=False)
+    with torch.no_grad():
+        A.weight.copy_(delta.A)
+        B.weight.copy_(delta.B)
+    branch = SimpleNamespace(
+        lora_A={"default": A},
+        lora_B={"default": B},
+        lora_dropout={"default": nn.Identity()},
+        scaling={"default": 6.0 / 3 / groups},
+        qalora_group_size={"default": 8},
+        in_features=24,
+        training=True,
+    )
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(5))
+    frozen = model.layers[0]
+    y = model(x)
+    base = nn.functional.linear(x, frozen.weight, frozen.bias)
+    z = QALoraLinearVariant.forward(branch, "default", x, base)
+    agree(y, z, "outputs")
+    y.square().mean().backward()
+    z.square().mean().backward()
+    agree(delta.A.grad, A.weight.grad, "gradient of A")
+    agree(delta.B.grad, B.weight.grad, "gradient of B")

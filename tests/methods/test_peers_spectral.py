@@ -15,10 +15,10 @@ peft = pytest.importorskip("peft")
 METHODS = tt.methods()
 
 
-def pair(method: Any, config: Any, *names: tuple[str, str, Any]) -> None:
+def pair(method: Any, config: Any, *names: tuple[str, str, Any], sizes: Any = (TALL, WIDE)) -> None:
     """Our layers against PEFT's, tensor by tensor: (our name, their name, how ours is written in theirs)."""
-    model, deltas = ours(method, TALL, WIDE)
-    other, layers = theirs(config, TALL, WIDE)
+    model, deltas = ours(method, *sizes)
+    other, layers = theirs(config, *sizes)
     pairs = []
     for delta, layer in zip(deltas, layers, strict=True):
         for mine, yours, view in names:
@@ -88,9 +88,17 @@ def test_road(angles: int) -> None:
     )
 
 
-def test_c3a() -> None:
-    config = peft.C3AConfig(block_size=8, target_modules=TARGETS)
-    pair(METHODS["c3a"](block_size=8), config, ("w", "c3a_kernel", same))
+@pytest.mark.parametrize("size", [TALL, WIDE], ids=["tall", "wide"])
+def test_c3a(size: tuple[int, int]) -> None:
+    """One layer at a time: PEFT hands a wrong gradient on to what is below (g[k] meets w[n + k], not w[n − k])."""
+    config = peft.C3AConfig(block_size=8, target_modules=["0"])
+    pair(METHODS["c3a"](block_size=8), config, ("w", "c3a_kernel", same), sizes=(size,))
+
+
+def test_the_gradient_that_c3a_hands_on() -> None:
+    model, _ = ours(METHODS["c3a"](block_size=8), TALL, WIDE)
+    x = torch.randn(2, 24, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model.double(), (x,))
 
 
 def test_fourier_ft() -> None:

@@ -150,7 +150,8 @@ def test_fourier_sites_of_one_shape_share_their_places() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8))
     tt.attach(model, METHODS["fourier_ft"](coefficients=10), "*")
-    one, two, three = (layer.delta["default"] for layer in model)
+    one, two, three = (model[index].delta["default"] for index in range(3))
+    assert model(torch.randn(2, 16)).shape == (2, 8), "what is shared is no step of a model that is a Sequential"
     assert one.shared is two.shared
     places = {name for name, _ in one.shared.named_buffers()}
     assert places == {"places_16_16", "places_8_16"}

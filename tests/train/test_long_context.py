@@ -88,7 +88,7 @@ def test_a_preset_fills_in_what_the_recipe_leaves_open(model: Path, rows: Path) 
     [
         ({"packing": "off"}, "packing: off leaves rows without groups"),
         ({"packing": "shared"}, "packing: shared leaves rows without groups"),
-        ({"method": "prefix_tuning", "attention": "shifted"}, "attention: shifted is for causal models"),
+        ({"method": "prefix_tuning", "length": 4, "attention": "shifted"}, "attention: shifted is for causal models"),
         ({"attention": "sideways"}, "'sideways' is not one of auto, full, shifted"),
     ],
 )

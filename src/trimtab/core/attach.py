@@ -336,6 +336,13 @@ def rows_of(base: Base, place: Place) -> Base:
     return Known(base, place.rows)
 
 
+class Groups(nn.ModuleDict):
+    """What parts share, by slot. It lets a model that is itself an nn.Sequential run through it."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 def commit(
     model: nn.Module, state: State, adapter: Adapter, work: Sequence[tuple[Part, list[Delta], Group | None]]
 ) -> None:
@@ -370,7 +377,7 @@ def commit(
                     state.padded.append(outer)
         if group is not None:
             if SHARED not in model._modules:
-                model.add_module(SHARED, nn.ModuleDict())
+                model.add_module(SHARED, Groups())
             shared: Any = model._modules[SHARED]
             shared[batches.slot_name(adapter.name, part.label)] = group
     state.adapters[adapter.name] = adapter

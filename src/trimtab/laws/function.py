@@ -52,7 +52,8 @@ def merged(case: Case) -> None:
     with torch.no_grad():
         frozen = case.run(base)
     before = case.run(model)
-    require(float((before - frozen).abs().max()) > 1e-3 * float(frozen.abs().max()), "the delta has no effect")
+    moved = float((before.detach() - frozen).abs().max())
+    require(moved > 1e-3 * float(frozen.abs().max()), "the delta has no effect")
     fast = gradients(model, loss_of(before))
     for delta in deltas(model):
         delta.method = plain(delta.method)

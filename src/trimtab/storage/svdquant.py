@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.core.errors import UserError
@@ -28,7 +29,9 @@ class SVDQuant(Format):
     Tensors: those of `inner` for the rest of W; `up` = L1 and `down` = L2, bf16 when encoded here.
     Bits per weight: those of `inner`, + 16 rank (1 / out + 1 / in).
     Error: that of `inner` on the rest, which spreads less. Encoding a decoded matrix again finds other factors.
-    Reference: arXiv 2411.05007. Weights only: activations are not quantized, so nothing is smoothed between the two.
+    Of a matrix with fewer than `rank` rows or columns the factors hold everything, filled up with zeros.
+    Reference: arXiv 2411.05007. Weights only: activations are not quantized, so no outliers of theirs are moved into W
+    first (the paper's W diag(λ)), and the rounds are judged by the weight and not by a layer's output.
     """
 
     inner: Format = field(default_factory=NF4)
@@ -47,13 +50,13 @@ class SVDQuant(Format):
         if W.is_meta:
             made = {"up": W.new_empty(out, self.rank), "down": W.new_empty(self.rank, into)}
             return {**self.inner.encode(W), **{key: value.bfloat16() for key, value in made.items()}}
-        if self.rank > min(out, into):
-            raise UserError(f"SVDQuant: rank={self.rank} for a matrix of {out} x {into}", fix="a smaller rank")
         best: dict[str, Tensor] = {}
         lowest, Q = float("inf"), torch.zeros_like(W)
         for _ in range(self.rounds):
-            U, S, Vt = largest(W - Q, self.rank, ITERATIONS)
-            up, down = (U * S.sqrt()).bfloat16(), (S.sqrt()[:, None] * Vt).bfloat16()
+            U, S, Vt = largest(W - Q, min(self.rank, out, into), ITERATIONS)
+            missing = self.rank - len(S)
+            up = F.pad(U * S.sqrt(), (0, missing)).bfloat16()
+            down = F.pad(S.sqrt()[:, None] * Vt, (0, 0, 0, missing)).bfloat16()
             left = W - up.float() @ down.float()
             code = self.inner.encode(left)
             Q = self.inner.decode(code, (out, into))

@@ -27,7 +27,7 @@ class Recipe:
         default_factory=dict, metadata={"help": "Settings of the method: --rank 8 and so on.", "group": "what"}
     )
     where: str | None = option(None, "Where it goes: roles, globs, layer ranges; default: the method's own.", "what")
-    quantize: str | None = option(None, "Keep the frozen weights in this format: nf4, absmax, affine.", "what")
+    quantize: str | None = option(None, "Format of the frozen weights: nf4, absmax, affine, svdquant.", "what")
     context: int | None = option(
         None, "Lengthen the model's context to this many tokens, by interpolating its rotary positions.", "what"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.low_rank import LowRank
+from trimtab.core.low_rank import LowRank, key_of
 from trimtab.core.site import Site
 
 FACTORS = ("P", "lambda_", "Q")
@@ -111,8 +110,3 @@ class AdaLoRA(LowRank):
             s[name] = mean * spread
         score = s["lambda_"] + s["P"].mean(-2) + s["Q"].mean(-1)
         return score.reshape(-1, self.rank).mean(0)
-
-
-def key_of(site: Site) -> int:
-    """A number for a site that depends on its name only."""
-    return int.from_bytes(hashlib.sha256(site.name.encode()).digest()[:8], "little") >> 1

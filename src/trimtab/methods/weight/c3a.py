@@ -20,7 +20,8 @@ class C3A(WeightMethod):
     w (out / block_size, in / block_size, block_size) = 0. A block acts by fast Fourier transform: y_o = irfft(Σ_i
     conj(rfft(w_oi)) ∘ rfft(x_i)) / in, about in·out / block_size multiplications per token (bf16 has no such
     transform: there a row of blocks is built at a time); nothing after merging. Mergeable.
-    arXiv 2407.19342. The start at zero is one of PEFT's; its other ones change the model before the first step.
+    arXiv 2407.19342. The start at zero is one of PEFT's; its other ones change the model before the first step. What
+    PEFT (0.21) hands on as the gradient of the input belongs to another map, so layers below train on wrong gradients.
     """
 
     paper: ClassVar[str] = "2407.19342"

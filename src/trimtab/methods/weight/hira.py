@@ -21,7 +21,8 @@ class HiRA(WeightMethod):
 
     A (rank, in) ~ U(±1/√in), B (out, rank) = 0. The rank of the update is bounded by rank(W)·rank, not by rank.
     Costs rank·in·out multiplications per step, not per token, to build W'; nothing after merging. Mergeable.
-    ICLR 2025 (OpenReview TwJrTz9cRS). There is no alpha; since W is small, it wants a larger learning rate than LoRA.
+    ICLR 2025 (OpenReview TwJrTz9cRS), no arXiv id. There is no alpha; since W is small, it wants a larger learning rate
+    than LoRA.
     """
 
     learning_rate: ClassVar[float] = 8e-3

@@ -19,7 +19,7 @@ class LoKr(WeightMethod):
     """W' = W + s·C ⊗ D, with D = B A and s = alpha / rank where that saves anything, else D full and s = 1.
 
     With out = h·k and in = m·n: C (h, m), A (rank, n), B (k, rank) or D (k, n). h and m are the largest divisors of out
-    and in that are at most `factor` (0: at most the square root). C and A ~ U(±1/√columns), B or D = 0.
+    and in up to their square roots, and up to `factor` where it is not 0. C and A ~ U(±1/√columns), B or D = 0.
     For x seen as X (m, n) the update is C X Dᵀ: costs m·rank·(n + k) + h·m·k multiplications per token and builds no
     (out, in) matrix; nothing after merging. Mergeable.
     LyCORIS, arXiv 2309.14859. D is full when rank ≥ max(k, n) / 2, and s = 1 then, as in the authors' code; PEFT keeps

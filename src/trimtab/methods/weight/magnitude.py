@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.errors import UserError
 from trimtab.core.method import WeightMethod
 from trimtab.core.registry import find
 from trimtab.core.site import Base, Site
@@ -19,7 +20,8 @@ class Magnitude(WeightMethod):
     """W' = m ∘ V / ‖V‖, with V = inner.weight(W) and ‖·‖ the norm of each output row (over in).
 
     m (out) is trained beside the inner method's tensors; it starts at ‖V‖, so W' = W exactly. The norm is a constant in
-    backward (the paper's eq. 11). Costs what the inner method costs, one product W Aᵀ for the norm (LoRA) and one
+    backward (the paper's eq. 11). Sites, learning rate, start, measurements and what happens over the steps are the
+    inner method's. Costs what the inner method costs, one product W Aᵀ for the norm (LoRA) and one
     multiplication per output. Mergeable; the bias is not scaled.
     arXiv 2402.09353. The official code drops the same x in the frozen term too; here dropout stays in the inner branch.
     """
@@ -30,6 +32,14 @@ class Magnitude(WeightMethod):
     width_power: ClassVar[float] = 1.0
 
     inner: WeightMethod = field(default_factory=lambda: find("lora")())
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, WeightMethod):
+            raise UserError(f"Magnitude: inner={self.inner!r} is no weight method", fix="inner=LoRA(rank=8)")
+        for told in ("where", "learning_rate", "width_power", "statistics", "takes_out", "laws"):
+            self.__dict__[told] = getattr(self.inner, told)
+        self.__dict__["hosts"] = self.inner.hosts & {"linear", "embedding", "conv"}
+        self.__dict__["elastic"] = frozenset(f"inner.{name}" for name in self.inner.elastic)
 
     def init(self, site: Site) -> dict[str, Any]:
         m = torch.linalg.vector_norm(site.base.weight, dim=1)
@@ -43,6 +53,21 @@ class Magnitude(WeightMethod):
 
     def count_shared(self, sites: Sequence[Site]) -> int:
         return self.inner.count_shared(sites)
+
+    def rate(self, width: int) -> float:
+        return self.inner.rate(width)
+
+    def taken(self, p: Any) -> tuple[Tensor, Tensor] | None:
+        return self.inner.taken(p.inner)
+
+    def penalty(self, p: Any) -> Tensor | None:
+        return self.inner.penalty(p.inner)
+
+    def on_step(self, p: Any, step: int) -> None:
+        self.inner.on_step(p.inner, step)
+
+    def stale(self, p: Any, step: int) -> Sequence[Tensor]:
+        return self.inner.stale(p.inner, step)
 
     def weight(self, W: Tensor, p: Any) -> Tensor:
         V = self.inner.weight(W, p.inner)
