@@ -122,5 +122,5 @@ def test_the_gallery_is_that_of_this_registry() -> None:
 def test_the_gallery_has_every_exception_with_its_reason() -> None:
     text = GALLERY.read_text(encoding="utf-8")
     for name, cls in tt.methods().items():
-        for law, reason in cls.laws.items():
+        for law, reason in cls().laws.items():
             assert f"| not {law} | {reason} |" in text.partition(f"### {name}\n")[2].partition("\n### ")[0]
