@@ -29,4 +29,8 @@ def found() -> dict[str, dict[str, str | None]]:
 def test_two_processes_compute_what_one_does(
     case: laws.Case, way: str, found: dict[str, dict[str, str | None]]
 ) -> None:
+    excuse = laws.case.excuses(case.method).get("distributed")
+    if excuse is not None:
+        assert any(found[case.id].values()), f"it holds, so delete the exception: {excuse!r}"
+        pytest.xfail(excuse)
     assert found[case.id][way] is None, found[case.id][way]

@@ -33,7 +33,10 @@ class LoRADrop(LowRank):
     paper: ClassVar[str] = "2402.07721"
     learning_rate: ClassVar[float] = 1.5e-3
     width_power: ClassVar[float] = 1.0
-    laws: ClassVar[Mapping[str, str]] = {"trains_only": "the shared pair waits for the second stage"}
+    laws: ClassVar[Mapping[str, str]] = {
+        "trains_only": "the shared pair waits for the second stage",
+        "distributed": "each process scores the sites by its own rows only",
+    }
 
     rank: int = 8
     alpha: float = 16.0
