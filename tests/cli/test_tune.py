@@ -131,6 +131,13 @@ def test_every_alias_is_known_to_the_command_line(trimtab: Run, asked: list[Reci
         assert done.code == 130, (alias, done.err)
 
 
+def test_a_method_may_be_a_name_with_settings(trimtab: Run, asked: list[Recipe], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\ndata: d\nmethod: {name: vera, rank: 3}\n")
+    trimtab("tune", recipe)
+    assert [(one.method, dict(one.settings)) for one in asked] == [("vera", {"rank": 3})]
+
+
 def test_flags_override_the_recipe_file_under_any_name(trimtab: Run, asked: list[Recipe], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("base_model: m\ndata: d\nlr: 1e-4\npeft_type: lora\nlora_r: 2\nalpha: 4\ncheckpointing: true\n")

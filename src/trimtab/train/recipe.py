@@ -207,7 +207,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 def recipe_from(values: Mapping[str, Any]) -> Recipe:
     """A checked recipe from YAML keys or flags; aliases are taken, and all problems are reported at once."""
     known = fields()
-    settings = set(method_settings(str(values.get("method") or "lora")))
+    method = values.get("method") or "lora"
+    settings = set(method_settings(str(method.get("name") if isinstance(method, Mapping) else method)))
     taken: dict[str, Any] = {}
     extra: dict[str, Any] = dict(values.get("settings") or {})
     problems = said_twice(values)
