@@ -34,7 +34,7 @@ class Magnitude(WeightMethod):
     inner: WeightMethod = field(default_factory=lambda: find("lora")())
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, WeightMethod):
+        if getattr(self.inner, "space", None) != "weight":
             raise UserError(f"Magnitude: inner={self.inner!r} is no weight method", fix="inner=LoRA(rank=8)")
         for told in ("where", "learning_rate", "width_power", "statistics", "takes_out", "laws"):
             self.__dict__[told] = getattr(self.inner, told)
