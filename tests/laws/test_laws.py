@@ -67,7 +67,7 @@ def shown_elsewhere(name: str, law: laws.Law, case: laws.Case, pairs: list[tuple
             return case.oversized and not usual
         elsewhere = any(other is law and not law.slow(one) for other, one in pairs)
         return elsewhere or case.storage.name not in ("fp32", "nf4")
-    if not case.oversized or (name == "lora" and law.name != "recovers"):  # whole models learn from 12 rows by luck
+    if not case.oversized or name == "lora":
         return False
     parts = [one for other, one in pairs if other is law and not one.oversized and one.storage == case.storage]
     return bool(parts) and (law.name == "recovers" or not usual)
