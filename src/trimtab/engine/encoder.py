@@ -69,8 +69,8 @@ def exact(model: Any, seam: Seam, rows: Sequence[Encoded], pad_id: int) -> bool:
         padded = model(**batch).logits.float()
         with segments_in(model), first_tokens(model, seam):
             packed = outputs(model, bag(rows, seam.first_position).to(device)).float()
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False
+    except (UserError, TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False  # a method may refuse what packing puts in place of torch's attention
     finally:
         model.train(training)
     if packed.shape != padded.shape:

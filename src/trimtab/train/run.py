@@ -360,7 +360,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
             context=recipe.context,
         )
     model = loaded.model
-    parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules)]
+    parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules, model)]
     reserved = sum(part.method.virtual_tokens for part in parts if isinstance(part.method, InputMethod))
     train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples, reserved)
     for note in (*loaded.notes, *train_rows.report.notes):
@@ -504,17 +504,22 @@ def encoded(
     return train_rows, encode_cached(heldout, loaded.tokenizer, settings, kept)
 
 
-def placed_parts(method: Any, where: str | None, new_modules: Sequence[str]) -> list[Placed]:
-    """The parts to attach: the method's own, and a dense one for modules the pretrained model does not have."""
+def placed_parts(method: Any, where: str | None, new_modules: Sequence[str], model: nn.Module) -> list[Placed]:
+    """The parts to attach: the method's own, and a dense one for modules the pretrained model does not have.
+
+    A new module that the method trains whole itself (`headonly`, `full` everywhere) gets no second copy.
+    """
     listed = [method] if isinstance(method, Method | Placed) else list(method)
     parts = [item if isinstance(item, Placed) else Placed(item, None) for item in listed]
     if where is not None:
         if len(parts) > 1:
             raise UserError("where: a preset of several parts has its own places", fix="leave `where` out")
         parts = [Placed(parts[0].method, where)]
-    if new_modules:
-        parts.append(Placed(find("full")(), ", ".join(new_modules)))
-    return parts
+    full = find("full")
+    whole = [part for part in parts if type(part.method) is full]
+    covered = {place.module for part in plan(model, whole) for place in part.places} if whole else set()
+    left = [module for module in new_modules if module not in covered]
+    return [*parts, Placed(full(), ", ".join(left))] if left else parts
 
 
 def worded(part: Placed, tokenizer: Any) -> Placed:

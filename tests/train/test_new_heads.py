@@ -1,0 +1,46 @@
+"""Classifiers: a head that the pretrained model does not have is trained once; rows are packed where that works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.conftest import WORDS, save_model, write_rows
+
+from trimtab.train.recipe import recipe_from
+from trimtab.train.reporter import Reporter
+from trimtab.train.run import prepare
+
+HEAD = 32 * 2 + 2
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("heads")
+    rows = [{"text": f"{one} cat", "label": "short" if len(one) < 5 else "long"} for one in WORDS]
+    data = write_rows(folder / "rows.jsonl", rows)
+    return {"model": str(save_model(folder / "bert", chat=False, architecture="bert")), "data": str(data)}
+
+
+@pytest.mark.parametrize(("settings", "beside"), [({"method": "headonly"}, 0), ({"method": "ia3"}, 2 * (32 + 32 + 48))])
+def test_the_head_is_counted_once(values: dict[str, Any], tmp_path: Path, settings: Any, beside: int) -> None:
+    job = prepare(recipe_from(values | settings | {"output": str(tmp_path / "run")}), Reporter())
+    assert sum(one.numel() for one in job.model.parameters() if one.requires_grad) == HEAD + beside
+
+
+def test_full_fine_tuning_trains_every_value_once(values: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"method": "full", "where": "all", "output": str(tmp_path / "run")}
+    job = prepare(recipe_from(values | settings), Reporter())
+    trained = sum(one.numel() for one in job.model.parameters() if one.requires_grad)
+    assert trained == sum(one.numel() for one in job.model.parameters() if not one.requires_grad)
+
+
+def test_rows_are_padded_for_a_method_that_needs_torchs_attention(values: dict[str, Any], tmp_path: Path) -> None:
+    packings = {}
+    for method in ("lora", "llama_adapter"):
+        job = prepare(recipe_from(values | {"method": method, "output": str(tmp_path / method)}), Reporter())
+        packings[method] = job.packing
+        with job.running():
+            assert job.measure()["rows"] > 0
+    assert packings == {"lora": "plain", "llama_adapter": "off"}
