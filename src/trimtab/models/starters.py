@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.models.gguf import read_weights
 
 RECORD = "starter.json"
 LAYOUT = 1
@@ -248,7 +249,7 @@ def _prepare(starter: Starter, target: Path, tell: Callable[[str], None]) -> Non
             except Exception as error:
                 raise UserError(
                     f"starter {starter.name}: {weights.name} could not be converted: {type(error).__name__}: {error}",
-                    fix="pip install --upgrade transformers gguf, and keep 1.5 GB of memory and of disk space free",
+                    fix="pip install --upgrade transformers gguf, and keep 1 GB of memory and of disk space free",
                 ) from error
         else:
             for file in ("config.json", weights.name, *TOKENIZER_FILES):
@@ -379,11 +380,10 @@ def _publish(starter: Starter, model: Path, target: Path, previous: Path) -> Non
 def _convert(gguf: Path, target: Path) -> dict[str, str]:
     """Writes the model and the tokenizer of a SmolLM2 GGUF file as a plain float32 model directory.
 
-    Transformers reads the file but refuses to save what it read, so the weights move into a fresh model. Three things
-    that a plain conversion gets wrong are mended: digits are split one by one before the byte-level rule, as in the
-    tokenizer the model was trained with (without it `"\\n\\n1."` becomes other tokens than in training); the padding
-    token differs from the end-of-turn token, so that masking padding cannot hide the end of a turn; and the RMSNorm
-    epsilon, a float32 in the file, is written as the decimal it stands for.
+    Three things that a plain conversion gets wrong are mended: digits are split one by one before the byte-level rule,
+    as in the tokenizer the model was trained with (without it `"\\n\\n1."` becomes other tokens than in training); the
+    padding token differs from the end-of-turn token, so that masking padding cannot hide the end of a turn; and the
+    RMSNorm epsilon, a float32 in the file, is written as the decimal it stands for.
     """
     import numpy
     import torch
@@ -393,7 +393,7 @@ def _convert(gguf: Path, target: Path) -> dict[str, str]:
     folder = str(gguf.parent)
     with quiet_transformers(), redirect_stderr(io.StringIO()):  # one bar of the GGUF reader heeds no setting
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-        source = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+        source = transformers.AutoConfig.from_pretrained(folder, gguf_file=gguf.name)
 
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -402,11 +402,11 @@ def _convert(gguf: Path, target: Path) -> dict[str, str]:
             ]
         )
         tokenizer.pad_token = "<|endoftext|>"
-        tokenizer.model_max_length = source.config.max_position_embeddings
+        tokenizer.model_max_length = source.max_position_embeddings
         tokenizer.save_pretrained(target)
         _clean_tokenizer_config(target / "tokenizer_config.json")
 
-        fields = source.config.to_dict()
+        fields = source.to_dict()
         for dropped in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id"):
             fields.pop(dropped, None)
         fields["rms_norm_eps"] = float(str(numpy.float32(fields["rms_norm_eps"])))
@@ -415,11 +415,14 @@ def _convert(gguf: Path, target: Path) -> dict[str, str]:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        config = type(source.config).from_dict(fields | ids)
+        config = type(source).from_dict(fields | ids)
         with torch.device("meta"):
             plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(source.state_dict(), assign=True)
+        names = [name for name, _ in plain.named_parameters()]
+        plain.load_state_dict(dict(read_weights(gguf, names, config)), assign=True, strict=False)
         plain.tie_weights()
+        if absent := [name for name, weight in plain.named_parameters() if weight.is_meta]:
+            raise UserError(f"{gguf.name} lacks {listing(absent)}")
         plain.generation_config = transformers.GenerationConfig(**ids)
         plain.save_pretrained(target)
     (target / "model.safetensors").chmod((target / "config.json").stat().st_mode)
