@@ -143,7 +143,9 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
             self.times.append(time.perf_counter())
 
     directory = json.loads((asked.folder / "about.json").read_text())["directory"]
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, asked.dtype), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, asked.dtype), attn_implementation="sdpa"
+    )
     lines = [json.loads(line) for line in (asked.folder / "rows.jsonl").read_text().splitlines()]
     settings = SFTConfig(
         output_dir=str(asked.folder / f"trl-{os.getpid()}"),
