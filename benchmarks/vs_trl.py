@@ -1,6 +1,7 @@
 """Our training step against TRL's SFTTrainer with PEFT: same rows in the same order, same start, optimizer, precision.
 
-    python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3] [--checkpointing] [--dtype float32]
+    python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3] [--checkpointing]
+        [--dtype float32|bfloat16]
 
 DIR holds `e2e/trainset.csv.gz` and `instruct/alpaca_part.json`. Each side runs in processes of its own, alternately,
 `--rounds` times; the first two steps warm up and are not timed. Both sides start from one LoRA (rank 8, all linears,

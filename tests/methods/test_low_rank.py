@@ -131,6 +131,8 @@ def llama() -> Any:
         ("ia3", {}, 286_720),
         ("ln_tuning", {}, 175_104),
         ("prefix_tuning", {"length": 200, "hidden": None}, 11_468_800),
+        ("prompt_tuning", {"length": 200, "start": "random"}, 614_400),
+        ("llama_adapter", {"length": 100}, 8_601_628 + 28 * 23),  # PEFT has one gate a layer, the paper one a head
         ("relora", {"rank": 32}, 9_175_040),
         ("delta_lora", {"rank": 32}, 9_175_040),
         ("dylora", {"rank": 32}, 9_175_040),

@@ -22,9 +22,9 @@ TITLES = {
 HEADINGS = {"storage": "format", "optim": "optimizer", "active": "schedule"}
 INTRODUCTION = """# Methods
 
-Everything that `--method`, `start=`, `--quantize`, `--optimizer` and `--active` know, generated from the source by `trimtab.report.gallery`; a
-test compares. The text of each is its docstring: the equation, shapes and starts, cost, and where it differs from the
-paper's code. `trimtab methods NAME --model MODEL` says what it comes to on a model.
+Everything that `--method`, `start=`, `--quantize`, `--optimizer` and `--active` know, generated from the source by
+`trimtab.report.gallery`; a test compares. The text of each is its docstring: the equation, shapes and starts, cost, and
+where it differs from the paper's code. `trimtab methods NAME --model MODEL` says what it comes to on a model.
 
 Every method is tested for the same laws. What one does not keep is listed with it, and is tested to fail as stated.
 """
