@@ -169,7 +169,7 @@ def llama() -> Any:
 def test_counts_at_the_sizes_of_a_real_model(name: str, settings: dict[str, Any], expected: int, llama: Any) -> None:
     """Of the formula, and of what is attached; most are those of PEFT's published runs on this model."""
     method = tt.methods()[name](**settings)
-    where = None if name in ("ia3", "ln_tuning", "prefix_tuning", "prompt_tuning") else "q, v"
+    where = None if name in ("ia3", "llama_adapter", "ln_tuning", "prefix_tuning", "prompt_tuning") else "q, v"
     (part,) = attaching.plan(llama, method, where)
     sites = [attaching.site_at(llama, State(), place, index) for index, place in enumerate(part.places)]
     assert sum(method.count(site) for site in sites) + method.count_shared(sites) == expected
