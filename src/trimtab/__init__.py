@@ -18,7 +18,7 @@ _HOME = {
     "activate": "core.attach",
     "merge": "core.merge",
     "save": "core.save",
-    "load": "core.save",
+    "load": "interop.load",
     "quantize": "core.quantized",
     "dequantize": "core.quantized",
     "as_lora": "core.as_lora",

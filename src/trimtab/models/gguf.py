@@ -44,7 +44,9 @@ def read_weights(path: Path, names: list[str], config: Any) -> Iterator[tuple[st
             weight = halves_from_pairs(weight, heads)
         yield name, weight
     if left := sorted(name for name in tensors.keys() - read if not name.startswith("rope_freqs")):
-        raise UserError(f"{path.name} holds tensors that no parameter of a {config.model_type} model takes: {listing(left)}")
+        raise UserError(
+            f"{path.name} holds tensors that no parameter of a {config.model_type} model takes: {listing(left)}"
+        )
 
 
 def halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,0 +1,41 @@
+"""`trimtab.load`: an adapter of ours, or one of another library that is recognized by its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from trimtab.core import save
+from trimtab.core.delta import state_of
+from trimtab.core.errors import UserError
+from trimtab.interop.peft import from_peft, is_peft
+from trimtab.interop.saved import Saved
+
+
+def load(model: nn.Module, directory: str | Path, name: str | None = None, *, trainable: bool = True) -> nn.Module:
+    """Attach a saved adapter, bit for bit, under its own name or `name`; returns the model.
+
+    A directory of Hugging Face PEFT is recognized by its `adapter_config.json`. Nothing is drawn or decomposed again.
+    With `trainable=False` its tensors do not ask for gradients. Errors: every tensor and module that does not fit, at
+    once; nothing is attached then.
+    """
+    if (Path(directory) / save.RECORD).is_file() or not is_foreign(directory):
+        return save.load(model, directory, name, trainable=trainable)
+    saved = read_foreign(model, directory, name)
+    return save.attach_saved(model, saved.record, saved.tensors, directory, name, trainable=trainable)
+
+
+def is_foreign(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter of another library."""
+    return is_peft(directory)
+
+
+def read_foreign(model: nn.Module, directory: str | Path, name: str | None = None) -> Saved:
+    """An adapter of another library as one of ours, for this model."""
+    if state_of(model) is not None:
+        raise UserError(
+            f"load: {directory} is read against the model alone, and this one carries adapters",
+            fix="load the foreign adapter first, or convert it with `trimtab convert`",
+        )
+    return from_peft(model, directory, name or "default")
