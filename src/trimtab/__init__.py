@@ -19,6 +19,7 @@ _HOME = {
     "merge": "core.merge",
     "save": "core.save",
     "load": "interop.load",
+    "combine": "interop.combine",
     "quantize": "core.quantized",
     "dequantize": "core.quantized",
     "as_lora": "core.as_lora",

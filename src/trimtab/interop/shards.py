@@ -119,7 +119,8 @@ def delta_of(part: SavedPart, site: SavedSite, shared: Group | None) -> Delta:
 def layout_of(module: nn.Module, place: Place) -> RawWeight:
     """How the tensor of a place lies in the checkpoint."""
     if place.parameter is not None:
-        kind = "experts" if module._parameters[place.parameter].ndim == 3 else "matrix"  # type: ignore[union-attr]
+        raw = module._parameters[place.parameter]
+        kind = "experts" if raw is not None and raw.ndim == 3 else "matrix"
         return RawWeight(place.parameter, kind, place.transposed)
     kind = {"norm": "vector", "conv": "conv"}.get(place.kind, "matrix")
     return RawWeight("weight", kind, is_conv1d(module) or isinstance(module, nn.Embedding))
