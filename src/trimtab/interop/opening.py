@@ -95,6 +95,7 @@ def of_adapter(adapter: Path, model: str | None, device: str, verb: str) -> Open
 
     record = read_record(adapter)
     notes = record.get("notes") or {}
+    model = model or notes.get("base_model")
     if model is None:
         raise UserError(
             f"{verb}: {adapter} does not say where its base model is ({record['base']['class']})",
@@ -104,7 +105,7 @@ def of_adapter(adapter: Path, model: str | None, device: str, verb: str) -> Open
         raise UserError(
             f"{verb}: {adapter} is the adapter of a classifier", fix="give its run directory, which knows the labels"
         )
-    base = load_model(model, device=device, context=notes.get("context"))
+    base = load_model(model, dtype=stored_dtype(model), device=device, context=notes.get("context"))
     known = notes.get("base")
     if known and base.directory is not None and fingerprint(base.directory) != known:
         raise UserError(
@@ -121,6 +122,18 @@ def of_adapter(adapter: Path, model: str | None, device: str, verb: str) -> Open
     return Opened(base.model.eval(), base.tokenizer, None, "causal", None, model, base.directory, context, saved)
 
 
+def stored_dtype(source: str) -> str:
+    """The type a base model is stored in, which a conversion keeps; `auto` where that is not known."""
+    from trimtab.interop.shards import DTYPES, files_of, header_of
+    from trimtab.models.loading import directory_of
+
+    directory = directory_of(source)
+    files = files_of(directory) if directory is not None else []
+    kinds = {entry["dtype"] for path in files for entry in header_of(path)[0].values()}
+    found = next((DTYPES[kind] for kind in ("F32", "BF16", "F16") if kind in kinds), None)
+    return "auto" if found is None else str(found).removeprefix("torch.")
+
+
 def of_foreign(adapter: Path, model: str | None, device: str, verb: str) -> Opened:
     """An adapter of another library: its file names its base, or the user does."""
     from trimtab.interop.peft import is_peft, read_config
@@ -131,6 +144,6 @@ def of_foreign(adapter: Path, model: str | None, device: str, verb: str) -> Open
     source = model or named
     if not source:
         raise UserError(f"{verb}: {adapter} does not say where its base model is", fix="name it with --model")
-    base = load_model(source, task=writing_task(source), device=device)
+    base = load_model(source, task=writing_task(source), dtype=stored_dtype(source), device=device)
     load_any(base.model, adapter, trainable=False)
     return Opened(base.model.eval(), base.tokenizer, None, base.task, None, source, base.directory, None, None)
