@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +14,12 @@ VOCABULARY = 60
 
 def make(kind: str) -> Any:
     """A random model of one shape, the same every time."""
+    return copy.deepcopy(drawn(kind))
+
+
+@cache
+def drawn(kind: str) -> Any:
+    """The one model of a shape that all others are copies of."""
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
