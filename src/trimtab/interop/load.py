@@ -9,6 +9,8 @@ from torch import nn
 from trimtab.core import save
 from trimtab.core.delta import state_of
 from trimtab.core.errors import UserError
+from trimtab.interop.adapterhub import from_adapterhub, is_adapterhub
+from trimtab.interop.kohya import from_kohya, is_kohya
 from trimtab.interop.peft import from_peft, is_peft
 from trimtab.interop.saved import Saved
 
@@ -16,7 +18,8 @@ from trimtab.interop.saved import Saved
 def load(model: nn.Module, directory: str | Path, name: str | None = None, *, trainable: bool = True) -> nn.Module:
     """Attach a saved adapter, bit for bit, under its own name or `name`; returns the model.
 
-    A directory of Hugging Face PEFT is recognized by its `adapter_config.json`. Nothing is drawn or decomposed again.
+    A directory of Hugging Face PEFT or of AdapterHub is recognized by its `adapter_config.json`, a file of kohya's
+    scripts or of LyCORIS by its keys. Nothing is drawn or decomposed again.
     With `trainable=False` its tensors do not ask for gradients. Errors: every tensor and module that does not fit, at
     once; nothing is attached then.
     """
@@ -27,8 +30,8 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None, *, tr
 
 
 def is_foreign(directory: str | Path) -> bool:
-    """Whether a directory holds an adapter of another library."""
-    return is_peft(directory)
+    """Whether a directory or a file is an adapter of another library."""
+    return is_kohya(directory) or is_adapterhub(directory) or is_peft(directory)
 
 
 def read_foreign(model: nn.Module, directory: str | Path, name: str | None = None) -> Saved:
@@ -38,4 +41,5 @@ def read_foreign(model: nn.Module, directory: str | Path, name: str | None = Non
             f"load: {directory} is read against the model alone, and this one carries adapters",
             fix="load the foreign adapter first, or convert it with `trimtab convert`",
         )
-    return from_peft(model, directory, name or "default")
+    read = from_kohya if is_kohya(directory) else from_adapterhub if is_adapterhub(directory) else from_peft
+    return read(model, directory, name or "default")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.core.errors import listing
 from trimtab.core.registry import find
@@ -94,6 +94,7 @@ def usual(layers: Sequence[Layer], values: Sequence[float]) -> tuple[float, str]
 
 def pair_of(layer: Layer) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) of a layer; for experts (experts, rank, in) and (experts, out, rank)."""
+    refuse_attention(layer.place.module, layer.module)
     found = {PAIR[name]: value for name, value in layer.tensors.items() if name in PAIR}
     A, B = found["A"], found["B"]
     if layer.place.kind == "conv":
@@ -206,6 +207,7 @@ def write_lora(
         else:
             targets.setdefault(place.module, []).append(place.parameter)
     for module, names in targets.items():
+        refuse_attention(module, modules[f"{module}.{names[0]}"])
         tensors |= at_parameters(module, names, whole)
     if biases:
         for path in order:
@@ -270,6 +272,12 @@ def at_module(pair: Pair, module: Any) -> Tensors:
         shape = (1, -1, *[1] * (module.weight.ndim - 2)) if kind == "conv" else (-1,)
         tensors["lora_magnitude_vector"] = pair.m.reshape(shape)
     return tensors
+
+
+def refuse_attention(path: str, module: Any) -> None:
+    """PEFT 0.21 adds the change of torch's own attention's output projection twice, so file and computation differ."""
+    if isinstance(module, nn.MultiheadAttention):
+        raise refuse(f"LoRA at {path}", "PEFT adds the change of its output projection twice, so the file says another")
 
 
 def at_parameters(module: str, names: Sequence[str], whole: Mapping[str, Pair]) -> dict[str, Tensors]:

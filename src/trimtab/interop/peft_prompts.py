@@ -75,8 +75,8 @@ def write_prompt(model: nn.Module, part: SavedPart) -> tuple[dict[str, Any], Ten
     return sizes | depth | {"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": prompt}
 
 
-def layers_of(model: nn.Module) -> list[tuple[Place, Place]]:
-    """k and v of every layer, in order."""
+def layers_of(model: nn.Module, *, cached: bool = True) -> list[tuple[Place, Place]]:
+    """k and v of every layer, in order; `cached` where they have to be ones of a cache."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("prefix tuning of an encoder-decoder", "PEFT hands one prefix to self- and cross-attention alike")
@@ -86,7 +86,7 @@ def layers_of(model: nn.Module) -> list[tuple[Place, Place]]:
             found.setdefault(place.layer, {})[place.role] = place
     if not found or any(len(pair) != 2 for pair in found.values()):
         raise refuse("prefix tuning", f"k and v of {type(model).__name__} are not known here")
-    if not all(front(model, pair["k"]) for pair in found.values()):
+    if cached and not all(front(model, pair["k"]) for pair in found.values()):
         raise refuse(
             f"prefix tuning of {type(model).__name__}", "PEFT's prefix is a cache of keys and values, which it has none"
         )
