@@ -318,3 +318,87 @@ def test_a_foreign_adapter_saves_and_loads_as_one_of_ours(tmp_path: Path) -> Non
     again = make("llama")
     tt.load(again, tmp_path / "ours")
     assert (logits(again) - wanted).abs().max() < 1e-5
+
+
+def experts() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 60, "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 64}
+    return MixtralForCausalLM(MixtralConfig(**sizes, initializer_range=0.1)).eval()
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"], ["gate_up_proj"]])
+def test_stacked_experts_go_both_ways(parameters: list[str], tmp_path: Path) -> None:
+    targets = [f"mlp.experts.{name}" for name in parameters]
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = randomized(peft.get_peft_model(experts(), config).eval())
+        there.save_pretrained(tmp_path / "theirs")
+        wanted = logits(there)
+        model = experts()
+        tt.load(model, tmp_path / "theirs")
+        assert (logits(model) - wanted).abs().max() < 1e-5
+        write_peft(experts(), saved_of(model), tmp_path / "ours")
+        again = peft.PeftModel.from_pretrained(experts(), tmp_path / "ours").eval()
+    assert (logits(again) - wanted).abs().max() < 1e-5
+    first, second = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("theirs", "ours"))
+    assert set(first) == set(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_parts_of_experts_go_to_peft_as_wholes(tmp_path: Path) -> None:
+    model = experts()
+    tt.attach(model, tt.LoRA(rank=2), "expert_gate, expert_down")
+    randomized(model)
+    write_peft(experts(), saved_of(model), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = peft.PeftModel.from_pretrained(experts(), tmp_path).eval()
+    assert (logits(there) - logits(model)).abs().max() < 1e-5
+
+
+class Net(torch.nn.Module):
+    """Convolutions, an embedding and torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.c2 = torch.nn.Embedding(20, 6), torch.nn.Conv2d(6, 12, 3, padding=1)
+        self.c1, self.lin = torch.nn.Conv1d(12, 8, 3, padding=1), torch.nn.Linear(8, 5)
+        self.mha = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.c1(self.c2(self.emb(ids).movedim(-1, 1)).flatten(2)).mT
+        return self.lin(self.mha(x, x, x)[0])
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_convolutions_and_embeddings_go_both_ways(dora: bool, tmp_path: Path) -> None:
+    ids = torch.arange(20)[None].repeat(2, 1).view(2, 4, 5)
+    config = peft.LoraConfig(r=2, use_dora=dora, target_modules=["c2", "c1", "lin", "emb"])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        there = randomized(peft.get_peft_model(Net().eval(), config).eval())
+        there.save_pretrained(tmp_path / "theirs")
+        wanted, model = there(ids), Net().eval()
+        tt.load(model, tmp_path / "theirs")
+        assert (model(ids) - wanted).abs().max() < 1e-5
+        assert (Net().eval()(ids) - wanted).abs().max() > 1e-3
+        write_peft(Net(), saved_of(model), tmp_path / "ours")
+        assert (peft.PeftModel.from_pretrained(Net().eval(), tmp_path / "ours").eval()(ids) - wanted).abs().max() < 1e-5
+
+
+def test_torchs_attention_is_refused_where_peft_counts_its_output_twice(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = peft.get_peft_model(Net().eval(), peft.LoraConfig(r=2, target_modules=["mha"]))
+        there.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="twice"):
+        tt.load(Net(), tmp_path)
+    model = Net()
+    tt.attach(model, tt.LoRA(rank=2), "mha.in_proj_weight")
+    with pytest.raises(UserError, match="twice"):
+        to_peft(Net(), saved_of(model))

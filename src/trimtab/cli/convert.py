@@ -53,7 +53,7 @@ def command(
         raise UserError(f"convert: {out} exists and is not an empty directory", fix="choose another --out")
     if to != "lora" and (rank is not None or energy is not None):
         raise UserError("convert: --rank and --energy are for --to lora")
-    to = to or ("trimtab" if directory.is_dir() and is_foreign(directory) else "peft")
+    to = to or ("trimtab" if is_foreign(directory) else "peft")
     with quiet_transformers():
         say("loading the model and the adapter ...")
         it = opened(directory, model, device, verb="convert")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class Opened:
 
 def opened(directory: Path, model: str | None, device: str = "auto", *, verb: str = "merge") -> Opened:
     """The model of a run, of an adapter inside a run, or of an adapter alone with its base named; all checked."""
+    if directory.is_file() and is_foreign(directory):
+        return of_foreign(directory, model, device, verb)
     if not directory.is_dir():
         raise UserError(f"{verb}: {directory} is not a directory", fix="give a run directory, or that of an adapter")
     folder = directory if (directory / RUN_RECORD).is_file() else directory.parent
@@ -122,6 +125,17 @@ def of_adapter(adapter: Path, model: str | None, device: str, verb: str) -> Open
     return Opened(base.model.eval(), base.tokenizer, None, "causal", None, model, base.directory, context, saved)
 
 
+def base_named(adapter: Path) -> str | None:
+    """The base model that an adapter of another library names, if it does."""
+    from trimtab.interop.adapterhub import is_adapterhub
+    from trimtab.interop.peft import is_peft, read_config
+
+    if is_adapterhub(adapter):
+        told = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        return told.get("model_name") or None
+    return read_config(adapter).get("base_model_name_or_path") if is_peft(adapter) else None
+
+
 def stored_dtype(source: str) -> str:
     """The type a base model is stored in, which a conversion keeps; `auto` where that is not known."""
     from trimtab.interop.shards import DTYPES, files_of, header_of
@@ -136,12 +150,10 @@ def stored_dtype(source: str) -> str:
 
 def of_foreign(adapter: Path, model: str | None, device: str, verb: str) -> Opened:
     """An adapter of another library: its file names its base, or the user does."""
-    from trimtab.interop.peft import is_peft, read_config
     from trimtab.models.loading import load as load_model
     from trimtab.models.loading import writing_task
 
-    named = read_config(adapter).get("base_model_name_or_path") if is_peft(adapter) else None
-    source = model or named
+    source = model or base_named(adapter)
     if not source:
         raise UserError(f"{verb}: {adapter} does not say where its base model is", fix="name it with --model")
     base = load_model(source, task=writing_task(source), dtype=stored_dtype(source), device=device)
