@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "foundation.json"
 
 def tune(*arguments: str) -> dict[str, Any]:
     """One `trimtab tune --json` and what it printed."""
-    command = [sys.executable, "-m", "trimtab", "tune", "--json", *arguments]
+    command = [sys.executable, "-m", "trimtab", "tune", "--json", "--dtype", "float32", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
@@ -92,6 +92,8 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "note": "SmolLM2 is dequantized from Q4_1, not the original",
     }
     with tempfile.TemporaryDirectory() as folder:

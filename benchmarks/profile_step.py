@@ -42,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "limit": 400,
         "heldout": "10",
         "learning_rate": 2e-4,
+        "dtype": "float32",
     },
     "sst2": {
         "model": "minilm-l6",
@@ -52,6 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "heldout": "10",
         "batch_size": 32,
         "learning_rate": 2e-3,
+        "dtype": "float32",
     },
 }
 

@@ -48,6 +48,7 @@ def job_of(asked: argparse.Namespace) -> Any:
         "steps": asked.steps,
         "warmup": 0,
         "learning_rate": RATE,
+        "dtype": "float32",
         "save_every": 0,
         "output": str(asked.folder / f"run-{os.getpid()}"),
     }
@@ -227,6 +228,7 @@ def main() -> None:
         "losses": losses,
         "conditions": {
             "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
             "precision": "float32",
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),

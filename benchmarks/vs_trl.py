@@ -1,12 +1,13 @@
 """Our training step against TRL's SFTTrainer with PEFT: same rows in the same order, same start, optimizer, precision.
 
     python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3] [--checkpointing]
+        [--dtype float32|bfloat16]
 
 DIR holds `e2e/trainset.csv.gz` and `instruct/alpaca_part.json`. Each side runs in processes of its own, alternately,
 `--rounds` times; the first two steps warm up and are not timed. Both sides start from one LoRA (rank 8, all linears,
 drawn by us and copied into PEFT) and see the same batches, so their losses must agree. TRL gets the settings that ran
 fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. Writes
-`benchmarks/results/vs_trl-<task>[-checkpointing].json`.
+`benchmarks/results/vs_trl-<task>[-checkpointing][-bfloat16].json`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def job_of(asked: argparse.Namespace) -> Any:
             "max_length": 1024,
             "truncation": "drop",
             "checkpointing": asked.checkpointing,
+            "dtype": asked.dtype,
             "output": str(asked.folder / f"run-{os.getpid()}"),
         }
     )
@@ -142,7 +144,9 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
             self.times.append(time.perf_counter())
 
     directory = json.loads((asked.folder / "about.json").read_text())["directory"]
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, asked.dtype), attn_implementation="sdpa"
+    )
     lines = [json.loads(line) for line in (asked.folder / "rows.jsonl").read_text().splitlines()]
     settings = SFTConfig(
         output_dir=str(asked.folder / f"trl-{os.getpid()}"),
@@ -158,7 +162,7 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
         gradient_checkpointing_kwargs={"use_reentrant": False} if asked.checkpointing else None,
         loss_type=asked.loss_type,
         max_length=None,
-        bf16=False,
+        bf16=asked.dtype == "bfloat16",
         use_cpu=True,
         optim="adamw_torch_fused",
         logging_steps=1,
@@ -208,6 +212,7 @@ def main() -> None:
     reader.add_argument("--rounds", type=int, default=3)
     reader.add_argument("--limit", type=int, default=800)
     reader.add_argument("--checkpointing", action="store_true")
+    reader.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     reader.add_argument("--loss-type", default="nll", help="TRL's")
     reader.add_argument("--side", choices=("ours", "trl", "rows"), help=argparse.SUPPRESS)
     reader.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -251,7 +256,8 @@ def main() -> None:
         "tokens_computed_by_us": sum(about["computed"]),
         "conditions": {
             "threads": torch.get_num_threads(),
-            "precision": "float32",
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "precision": asked.dtype,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -262,7 +268,8 @@ def main() -> None:
         },
     }
     RESULTS.mkdir(exist_ok=True)
-    name = f"vs_trl-{asked.task}{'-checkpointing' if asked.checkpointing else ''}.json"
+    kind = "" if asked.dtype == "float32" else f"-{asked.dtype}"
+    name = f"vs_trl-{asked.task}{'-checkpointing' if asked.checkpointing else ''}{kind}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=2))
 

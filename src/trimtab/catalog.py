@@ -1,4 +1,4 @@
-"""What there is: methods, starts, presets and storage formats by name, and what each says of itself."""
+"""What there is: methods, starts, presets, formats, optimizers and schedules by name, and what each says of itself."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from trimtab.core.registry import find, name_of, names, to_json
 from trimtab.core.select import WEIGHTLESS, select
 from trimtab.core.site import Site
 
-KINDS = ("methods", "presets", "start", "storage")
+KINDS = ("methods", "presets", "start", "storage", "optim", "active")
+APART = {"storage": "storage", "optim": "update", "active": "schedule"}
+"""Kinds that are not attached -> the axis they are on."""
 FLOATS = ("float32", "bfloat16", "float16")
 ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
-COST = (r"bits per weight", r"\bcosts?\b|multiplication", r"addition|\btrains\b|\badds\b")
+COST = (r"bits per weight", r"\bcosts?\b|multiplication", r"addition|\btrains\b|\badds\b", r"[Ss]tate")
 """What a sentence on the cost holds, the surest sign first."""
 
 
@@ -64,6 +66,16 @@ def formats() -> Mapping[str, Any]:
     return Catalog("storage")
 
 
+def optimizers() -> Mapping[str, Any]:
+    """Every update rule, for `--optimizer`: name -> class."""
+    return Catalog("optim")
+
+
+def schedules() -> Mapping[str, Any]:
+    """Every schedule of what trains when, for `--active`: name -> class."""
+    return Catalog("active")
+
+
 def presets() -> dict[str, Callable[..., Any]]:
     """Every preset: name in lower case -> function."""
     from trimtab import presets as module
@@ -88,24 +100,24 @@ def look_up(name: str, kind: str | None = None) -> tuple[str, str]:
     spelled = list(dict.fromkeys(entry[0] for entry in known))
     close = nearest(name, spelled)
     fix = f"did you mean {listing(close)}?" if close else f"there are {listing(spelled, 80)}"
-    raise UserError(f"no method, preset, start or format named {name!r}", fix=fix)
+    raise UserError(f"no method, preset, start, format, optimizer or schedule named {name!r}", fix=fix)
 
 
 def made_by(name: str, kind: str) -> Any:
-    """The class of a method, start or format, or the function of a preset."""
+    """The function of a preset, the class of anything else."""
     return presets()[name] if kind == "presets" else find(name, kind)
 
 
 def attachable(name: str, kind: str) -> Any:
-    """What is attached for an entry with the settings it has by default; None for a format."""
-    if kind == "storage":
+    """What is attached for an entry with the settings it has by default; None for what is not attached."""
+    if kind in APART:
         return None
     made = made_by(name, kind)()
     return find("lora")(start=made) if kind == "start" else made
 
 
 def describe(name: str, kind: str | None = None) -> dict[str, Any]:
-    """What a method, preset, start or format says of itself, as plain data.
+    """What an entry says of itself, as plain data.
 
     `settings` has type and default of each as JSON. A preset has its `parts`, and its `start` where there is one.
     """
@@ -122,15 +134,14 @@ def describe(name: str, kind: str | None = None) -> dict[str, Any]:
         "name": name,
         "class": made.__name__,
         "kind": kind,
-        "space": listing(spaces) or "storage",
+        "space": listing(spaces) or APART[kind],
         "paper": paper_of(made),
         "equation": first_line(source),
         "summary": first_line(made) if kind == "presets" else summary_of(made),
-        "where": "all-linear",
         "cost": cost_of(source) or " ".join(dict.fromkeys(cost_of(type(method)) for method in chosen)),
     }
-    if kind == "storage":
-        return facts | {"bits_per_weight": round(made().bits((4096, 4096)), 3), "settings": fields(made)}
+    if kind in APART:
+        return facts | measures(made(), kind) | {"settings": fields(made)}
     facts |= {
         "where": ", ".join(dict.fromkeys(where for _, where in parts)),
         "mergeable": all(method.mergeable for method in chosen),
@@ -150,13 +161,27 @@ def describe(name: str, kind: str | None = None) -> dict[str, Any]:
     return facts | {"presets": using}
 
 
+def measures(made: Any, kind: str) -> dict[str, Any]:
+    """What is counted of a format (bits per weight) and of an optimizer (bytes of state per value of a matrix)."""
+    if kind == "storage":
+        return {"bits_per_weight": round(made.bits((4096, 4096)), 3)}
+    if kind == "active":
+        return {}
+    return {
+        "state_bytes_per_value": round(made.state_bytes((4096, 4096)) / 4096**2, 3),
+        "in_backward": made.in_backward,
+        "rate_factor": made.relative_rate,
+    }
+
+
 # ----------------------------------------------------------------------------------------------- on a model
 
 
 def on_model(name: str, model: nn.Module, width: int, kind: str | None = None) -> dict[str, Any]:
     """What an entry comes to on a model, on the meta device too: trained values by formula, their share, the rate.
 
-    For a format: the bytes of the linear weights. `problem` says why it does not go on this model.
+    For a format: the bytes of the linear weights. For an optimizer: the bytes of its state where all parameters train.
+    `problem` says why it does not go on this model.
     """
     name, kind = look_up(name, kind)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -165,6 +190,11 @@ def on_model(name: str, model: nn.Module, width: int, kind: str | None = None) -
             shapes = [site_at(model, State(), place).base.shape for place in select(model, "all-linear")]
             format: Any = find(name, kind)()
             return {"bytes": sum(map(format.bytes, shapes)), "weights": sum(out * into for out, into in shapes)}
+        if kind == "optim":
+            rule: Any = find(name, kind)()
+            return {"bytes": sum(rule.state_bytes(tuple(p.shape)) for p in model.parameters()), "values": total}
+        if kind == "active":
+            return {}
         method = attachable(name, kind)
         count, sites = trained_values(model, method)
     except UserError as error:

@@ -131,6 +131,8 @@ def llama() -> Any:
         ("ia3", {}, 286_720),
         ("ln_tuning", {}, 175_104),
         ("prefix_tuning", {"length": 200, "hidden": None}, 11_468_800),
+        ("prompt_tuning", {"length": 200, "start": "random"}, 614_400),
+        ("llama_adapter", {"length": 100}, 8_601_628 + 28 * 23),  # PEFT has one gate a layer, the paper one a head
         ("relora", {"rank": 32}, 9_175_040),
         ("delta_lora", {"rank": 32}, 9_175_040),
         ("dylora", {"rank": 32}, 9_175_040),
@@ -167,7 +169,7 @@ def llama() -> Any:
 def test_counts_at_the_sizes_of_a_real_model(name: str, settings: dict[str, Any], expected: int, llama: Any) -> None:
     """Of the formula, and of what is attached; most are those of PEFT's published runs on this model."""
     method = tt.methods()[name](**settings)
-    where = None if name in ("ia3", "ln_tuning", "prefix_tuning", "prompt_tuning") else "q, v"
+    where = None if name in ("ia3", "llama_adapter", "ln_tuning", "prefix_tuning", "prompt_tuning") else "q, v"
     (part,) = attaching.plan(llama, method, where)
     sites = [attaching.site_at(llama, State(), place, index) for index, place in enumerate(part.places)]
     assert sum(method.count(site) for site in sites) + method.count_shared(sites) == expected
@@ -457,3 +459,18 @@ def test_dora_is_never_built_densely() -> None:
         method = laws.small(tt.methods()["magnitude"](inner=tt.methods()[name]()))
         (case,) = (one for one in laws.cases(method) if law.speaks_of(one) and one.storage.name == "fp32")
         assert law.verdict(case), law.verdict(case)
+
+
+def test_a_schedule_that_does_not_fit_a_run_is_laid_out_within_it() -> None:
+    assert tt.AdaLoRA().over(1000) == tt.AdaLoRA()
+    short = tt.AdaLoRA().over(40)
+    assert (short.begin, short.end, short.every) == (4, 28, 2)
+    assert (short.kept(3), short.kept(28)) == (12, 8)
+    assert tt.DeltaLoRA().over(501) == tt.DeltaLoRA()
+    assert tt.DeltaLoRA().over(500).warmup == 50
+    assert tt.ReLoRA().over(3001) == tt.ReLoRA()
+    assert tt.ReLoRA().over(400).every == 100
+    assert tt.LoRA().over(1) == tt.LoRA()
+    nested = tt.Magnitude(inner=tt.AdaLoRA())
+    assert nested.over(40) == tt.Magnitude(inner=short)
+    assert nested.over(1000) is nested

@@ -12,7 +12,18 @@ import click
 from trimtab.cli.verb import Verb, columns, figure, heading, say, size
 from trimtab.core.errors import UserError, listing
 
-TITLES = {"presets": "presets", "start": "starts of LoRA's factors", "storage": "storage formats, for --quantize"}
+TITLES = {
+    "presets": "presets",
+    "start": "starts of LoRA's factors",
+    "storage": "storage formats, for --quantize",
+    "optim": "optimizers and their parts, for --optimizer",
+    "active": "schedules of what trains, for --active",
+}
+FLAGS = {
+    "storage": "--method lora --quantize",
+    "optim": "--method full --optimizer",
+    "active": "--method full --active",
+}
 SHOWN_APART = ("name", "class", "kind", "settings", "laws", "equation", "summary", "parts", "start", "on_model", "text")
 WORDS = {
     "paper": "arXiv",
@@ -25,14 +36,18 @@ WORDS = {
     "learning_rate": "learning rate",
     "presets": "presets of it",
     "bits_per_weight": "bits per weight",
+    "state_bytes_per_value": "bytes of state per value",
+    "in_backward": "steps inside backward",
+    "rate_factor": "factor on the learning rate",
 }
 
 
-@click.command(cls=Verb, name="methods", short_help="List the methods and presets.")
+@click.command(cls=Verb, name="methods", short_help="List methods, presets, formats and optimizers.")
 @click.argument("name", required=False, metavar="[NAME_OR_GLOB]")
 @click.option("--model", help="Count on this model: a directory, a starter or a hub id; no weights are read.")
 def command(name: str | None, model: str | None) -> dict[str, Any] | list[dict[str, Any]]:
-    """List methods, presets, starts and formats, only those that match a GLOB such as `*tuning*`, or describe a NAME.
+    """List methods, presets, starts, formats, optimizers and schedules, or only those that match a GLOB such as
+    `*tuning*`, or describe a NAME.
 
     With --model each line has the values it would train there, by formula, and its learning rate at that width.
 
@@ -84,7 +99,7 @@ def count_on(source: str, kept: Sequence[dict[str, Any]]) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], model: str | None) -> str:
-    """Methods, presets, starts and formats, one a line, by kind."""
+    """Entries, one a line, by kind."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         title = TITLES.get(row["kind"], f"{row['space']} methods")
@@ -92,34 +107,42 @@ def table(rows: Sequence[Mapping[str, Any]], model: str | None) -> str:
     blocks = []
     for title, members in groups.items():
         lines = [tuple(line(row, model is not None)) for row in members]
-        names = [("", "", "values", "share", "rate", "", "")] if model and members[0]["kind"] != "storage" else []
-        right = (2, 3, 4) if model else (2,)
+        names = [("", "", "values", "share", "rate", "", "")] if model and members[0]["kind"] not in FLAGS else []
+        right = (1, 2) if members[0]["kind"] in FLAGS else (2, 3, 4) if model else (2,)
         blocks.append(heading(title) + "\n" + columns([*names, *lines], right=right))
     return "\n\n".join(blocks)
 
 
 def line(row: Mapping[str, Any], counted: bool) -> list[str]:
     """An entry as cells of the table."""
-    cells = [row["name"], "merges" if row.get("mergeable") else ""]
     found = row.get("on_model", {})
-    if counted and row["kind"] == "storage":
-        cells += [size(found.get("bytes")), f"{row['bits_per_weight']:g} bits", ""]
-    elif counted and "problem" in found:
+    if row["kind"] in FLAGS:
+        held = [size(found["bytes"]) if "bytes" in found else ""] if counted else []
+        return [row["name"], *held, amount(row), row["paper"], row["equation"]]
+    cells = [row["name"], "merges" if row.get("mergeable") else ""]
+    if counted and "problem" in found:
         cells += ["does not fit", "", ""]
     elif counted:
         cells += [f"{found['parameters']:,}", f"{found['share']:.3%}", f"{found['learning_rate']:g}"]
     else:
-        cells += [f"{row['learning_rate']:g}" if "learning_rate" in row else f"{row['bits_per_weight']:g} bits"]
+        cells += [f"{row['learning_rate']:g}"]
     return [*cells, row["paper"], row["equation"]]
 
 
+def amount(row: Mapping[str, Any]) -> str:
+    """What is counted of a format or an optimizer."""
+    if row["kind"] == "storage":
+        return f"{row['bits_per_weight']:g} bits"
+    return f"{row['state_bytes_per_value']:g} bytes" if row["kind"] == "optim" else ""
+
+
 def description(facts: Mapping[str, Any], model: str | None) -> str:
-    """One method, preset, start or format for people: its docstring, its facts, its settings and how to use it."""
+    """One entry for people: its docstring, its facts, its settings and how to use it."""
     lines = [heading(facts["name"]) + f"  {facts['summary']}"]
     for title, text in texts(facts):
         lines += ["", *([heading(title)] if title else []), *(f"  {one}".rstrip() for one in text.splitlines())]
     lines += ["", columns(known(facts))]
-    if model is not None:
+    if model is not None and facts["on_model"]:
         lines += ["", heading(f"on {model}"), columns(counted_on(facts["on_model"]))]
     if facts.get("parts"):
         parts = [(one.get("methods", "?"), f"at {one.get('where')!r}") for one in facts["parts"]]
@@ -152,7 +175,7 @@ def known(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The facts that are one line each."""
     rows = []
     for key, value in facts.items():
-        if key in SHOWN_APART or value in (None, "", [], {}) or key == "width_power":
+        if key in SHOWN_APART or value is None or value in ("", [], {}) or key == "width_power":
             continue
         words = worded(value)
         if key == "learning_rate":
@@ -166,6 +189,8 @@ def counted_on(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What an entry comes to on a model, in lines."""
     if "problem" in found:
         return [("does not fit", found["problem"])]
+    if "values" in found:
+        return [("state, all trained", f"{size(found['bytes'])} for {found['values']:,} values")]
     if "bytes" in found:
         return [("linear weights", f"{found['weights']:,} in {size(found['bytes'])}")]
     return [
@@ -181,7 +206,7 @@ def use(facts: Mapping[str, Any]) -> str:
     if facts["kind"] == "start":
         named = [f"--method {one}" for one in facts["presets"]] or [f"--method lora --start {name}"]
         return f"trimtab tune --model MODEL --data FILE {named[0]}"
-    flag = f"--method lora --quantize {name}" if facts["kind"] == "storage" else f"--method {name}"
+    flag = f"{FLAGS.get(facts['kind'], '--method')} {name}"
     needs = " --quantize nf4" if "quantize" in facts.get("needs", []) else ""
     return f"trimtab tune --model MODEL --data FILE {flag}{needs}"
 

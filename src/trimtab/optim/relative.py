@@ -15,7 +15,8 @@ from trimtab.optim._factored import rms
 class Relative(Transform):
     """u = max(ε2, RMS(p))·g, for a chain: a step in proportion to the root mean square of the weight.
 
-    No state: 0 bytes. Costs a pass over the weight. arXiv 1804.04235, section 8.
+    No state: 0 bytes. Costs a pass over the weight.
+    arXiv 1804.04235, section 8.
     """
 
     paper: ClassVar[str] = "1804.04235"

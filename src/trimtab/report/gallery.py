@@ -16,12 +16,15 @@ TITLES = {
     "presets": "Presets",
     "start": "Starts of LoRA's factors",
     "storage": "Formats of frozen weights",
+    "optim": "Optimizers and their parts",
+    "active": "Schedules of what trains",
 }
+HEADINGS = {"storage": "format", "optim": "optimizer", "active": "schedule"}
 INTRODUCTION = """# Methods
 
-Everything that `--method`, `start=` and `--quantize` know, generated from the source by `trimtab.report.gallery`; a
-test compares. The text of each is its docstring: the equation, shapes and starts, cost, and where it differs from the
-paper's code. `trimtab methods NAME --model MODEL` says what it comes to on a model.
+Everything that `--method`, `start=`, `--quantize`, `--optimizer` and `--active` know, generated from the source by
+`trimtab.report.gallery`; a test compares. The text of each is its docstring: the equation, shapes and starts, cost, and
+where it differs from the paper's code. `trimtab methods NAME --model MODEL` says what it comes to on a model.
 
 Every method is tested for the same laws. What one does not keep is listed with it, and is tested to fail as stated.
 """
@@ -69,7 +72,7 @@ def anchor(name: str, kind: str) -> str:
 
 def heading_of(name: str, kind: str) -> str:
     """The heading of an entry; a preset and a start may share a name."""
-    return name if kind == "methods" else f"{name} {'format' if kind == 'storage' else kind.removesuffix('s')}"
+    return name if kind == "methods" else f"{name} {HEADINGS.get(kind, kind.removesuffix('s'))}"
 
 
 def laws() -> str:
@@ -94,6 +97,15 @@ def facts_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = ", ".join(f"`{key}={short(one['default'])}`" for key, one in facts["settings"].items())
     if facts["kind"] == "storage":
         return [("bits per weight", f"{facts['bits_per_weight']:g} at 4096 x 4096"), ("settings", settings)]
+    if facts["kind"] == "active":
+        return [("settings", settings)]
+    if facts["kind"] == "optim":
+        return [
+            ("bytes of state", f"{facts['state_bytes_per_value']:g} per value of a 4096 x 4096 matrix"),
+            ("steps", "inside backward" if facts["in_backward"] else ""),
+            ("learning rate", f"{facts['rate_factor']:g} times the method's"),
+            ("settings", settings),
+        ]
     rows = [("where", f"`{facts['where']}`"), ("sites", ", ".join(facts["hosts"]))]
     if facts["kind"] == "presets":
         made = [f"`{short(without(part))}` at `{part['where']}`" for part in facts["parts"]]
