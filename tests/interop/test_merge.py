@@ -134,7 +134,7 @@ def test_the_original_weights_win_only_by_clear_evidence() -> None:
 
 
 MEASURE = """
-import resource, sys, torch, pathlib
+import sys, torch, pathlib
 from trimtab.interop import shards
 from trimtab.interop.saved import open_saved
 import transformers
@@ -142,15 +142,18 @@ config = transformers.LlamaConfig.from_pretrained(sys.argv[1])
 with torch.device("meta"):
     plan = transformers.LlamaForCausalLM(config)
 saved = open_saved(sys.argv[2])
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+def memory(which):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is used now
+before = memory("VmRSS")
 shards.merge_shards(plan, saved, pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[3]))
-print(peak() - before)
+print(memory("VmHWM") - before)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is told by Linux")
 def test_the_peak_is_at_most_a_fifth_over_the_largest_file(tmp_path: Path, source_environment: dict[str, str]) -> None:
     import transformers
 
@@ -168,5 +171,5 @@ def test_the_peak_is_at_most_a_fifth_over_the_largest_file(tmp_path: Path, sourc
     )
     files = [path.stat().st_size for path in shards.files_of(tmp_path / "base")]
     assert len(files) > 3
-    assert int(done.stdout) < 1.2 * max(files)
+    assert 1_000_000 < int(done.stdout) < 1.2 * max(files)
     assert json.loads((tmp_path / "out" / shards.INDEX).read_text())["weight_map"]

@@ -127,7 +127,7 @@ def proven(
     say(f"  adapter and merged model: log-probabilities differ by {gap:.2g} at most, on {compared}")
     say(columns(proof.table(found), right=(1, 2, 3, 4), indent=4))
     if coded:
-        say(f"  the base was quantized ({format}); merged into its {chosen} weights")
+        say(f"  the base was quantized ({format}); merged into its {chosen} weights{losses(found)}")
     if not close:
         say(f"  warning: rounding to {kind} does not explain so much; compare both on your data before you use it")
     return {
@@ -138,6 +138,14 @@ def proven(
         "proof": str(out / PROOF),
         **document,
     }
+
+
+def losses(found: dict[str, Difference]) -> str:
+    """The evidence for the choice of weights, in words."""
+    one, other = found.get("into the original"), found["into the dequantized"]
+    if one is None or one.loss is None:
+        return ""
+    return f": loss {one.loss:.4f} with the original ones, {other.loss:.4f} with the dequantized"
 
 
 def merged(

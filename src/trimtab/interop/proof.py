@@ -18,6 +18,8 @@ from trimtab.train.rundir import Run
 
 PROBES, PROBE_TOKENS = 4, 128
 """Rows on which models are compared, and their longest length in tokens."""
+LARGEST = 4_000_000_000
+"""Bytes of log-probabilities that are kept of one model at most."""
 TOLERANCE = {"float32": 5e-3, "float16": 0.1, "bfloat16": 0.5}
 """Largest difference of log-probabilities that rounding explains."""
 
@@ -81,13 +83,18 @@ def random_rows(model: nn.Module, tokenizer: Any, count: int, longest: int) -> t
 def log_probabilities(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """log softmax of the model's outputs for each row alone, in fp32 on the CPU; a single output stays as it is."""
     device = next(model.parameters()).device
-    outputs = []
+    outputs: list[Tensor] = []
     encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     with torch.no_grad():
         for ids in rows:
             given = torch.tensor([list(ids)], device=device)
             more = {"decoder_input_ids": given} if encoder else {}
             outputs.append(model(input_ids=given, **more).logits[0].float().cpu())
+            need = outputs[0].numel() * outputs[0].element_size() * len(rows)
+            if need > LARGEST:
+                fitting = max(1, int(LARGEST * len(rows) / need))
+                told = f"the log-probabilities of {len(rows)} rows take {need / 1e9:.1f} GB"
+                raise UserError(f"merge: {told}", fix=f"--rows {fitting}")
     return [one if one.shape[-1] == 1 else torch.log_softmax(one, -1) for one in outputs]
 
 

@@ -125,33 +125,39 @@ def changed(
 ) -> tuple[Tensor, Tensor, Tensor | None, Fit]:
     """B (out, k), A (k, in) and the change of the bias of one site under these deltas, and how well they fit."""
     base = site_at(model, State(), place).base
-    before = base.bias
     alone = deltas[0]
     exact = len(deltas) == 1 and isinstance(alone.method, LowRank)
     if exact and energy is None and (limit is None or factor_rank(alone, base) <= limit):
         B, A = factors_of(alone, base)
         return B, A, None, Fit(place.name, A.shape[-2], A.shape[-2], 0.0)
-    W, b = wide(base.weight), None if before is None else wide(before)
+    if exact:
+        B, A = factors_of(alone, base)
+        change, d = B.double() @ A.double(), None
+    else:
+        change, d = difference(model, place, deltas)
+    B, A, full, error = split(change, limit, energy)
+    return B.float(), A.float(), d, Fit(place.name, full, A.shape[-2], error)
+
+
+def difference(model: nn.Module, place: Place, deltas: Sequence[Delta]) -> tuple[Tensor, Tensor | None]:
+    """The change of the weight and of the bias of one site, in fp64; None where no bias changes."""
+    base, module = site_at(model, State(), place).base, model.get_submodule(place.module)
+    W = base.weight.detach().double()
+    b = None if base.bias is None else base.bias.detach().double()
     W1, b1 = W, b
-    module = model.get_submodule(place.module)
     for delta in deltas:
         if is_raw(module, place) and raw_weight(module, place).kind == "experts":
-            whole = raw_weight(module, place)
-            delta_of_part, rows = delta, delta.rows
-            delta_of_part.rows = None
+            rows, delta.rows = delta.rows, None  # the base is these rows already
             try:
-                W1, b1 = edit_raw(delta_of_part, W1, b1, whole)
+                W1, b1 = edit_raw(delta, W1, b1, raw_weight(module, place))
             finally:
                 delta.rows = rows
         else:
             W1, b1 = delta.effective(RawBase(W1, b1), None)
-    change = W1 - W
-    B, A, full, error = split(change, limit, energy)
-    d = None
-    if b1 is not None:
-        d = b1 - (torch.zeros_like(b1) if b is None else b)
-        d = d.float() if bool(d.abs().max() > 0) else None
-    return B.float(), A.float(), d, Fit(place.name, full, A.shape[-2], error)
+    if b1 is None:
+        return W1 - W, None
+    d = b1 - (torch.zeros_like(b1) if b is None else b)
+    return W1 - W, d.float() if bool(d.abs().max() > 0) else None
 
 
 def factor_rank(delta: Delta, base: Any) -> int:
@@ -161,7 +167,7 @@ def factor_rank(delta: Delta, base: Any) -> int:
 
 def split(change: Tensor, limit: int | None, energy: float | None) -> tuple[Tensor, Tensor, int, float]:
     """B, A, the rank of a change, and the relative error of what is cut off; a stack is cut at one rank."""
-    U, S, Vh = torch.linalg.svd(change.double() if change.numel() <= 1 << 22 else change, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
     size = S.square().sum()
     top = S.amax(-1, keepdim=True)
     full = int((CUT * top.clamp(min=1e-300) < S).sum(-1).max()) if float(size) else 0
@@ -174,7 +180,3 @@ def split(change: Tensor, limit: int | None, energy: float | None) -> tuple[Tens
     lost = S[..., kept:].square().sum()
     error = float((lost / size).sqrt()) if float(size) else 0.0
     return B.contiguous(), A.contiguous(), full, error if kept < full else 0.0
-
-
-def wide(W: Tensor) -> Tensor:
-    return W.detach().float() if W.element_size() < 4 else W.detach()

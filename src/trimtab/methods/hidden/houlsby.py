@@ -16,12 +16,12 @@ from trimtab.core.site import Base, Site
 
 @dataclass(frozen=True)
 class Houlsby(HiddenMethod):
-    """h ← h + U g(D h + d) + u, with g = `activation`, GELU, on the output of a sub-layer before the residual sum.
+    """h ← h + U g(D h + d) + u, with g = GELU, on the output of a sub-layer before the residual sum.
 
     D (bottleneck, width), U (width, bottleneck) ~ truncated N(0, 1e-3²), d and u zero: nearly the identity at first.
     Costs 4·bottleneck·width multiplications per token and site, also at inference: not mergeable.
-    arXiv 1902.00751; the std is the official code's (the paper says 1e-2). AdapterHub takes SiLU. The paper also trains
-    the layer norms: put `LNTuning()` beside it.
+    arXiv 1902.00751; the std is the official code's (the paper says 1e-2). `activation` may be relu or silu instead, as
+    AdapterHub has it. The paper also trains the layer norms: put `LNTuning()` beside it.
     """
 
     paper: ClassVar[str] = "1902.00751"
