@@ -94,6 +94,7 @@ def test_hf_trainer_with_gradient_checkpointing_and_an_optimizer_of_ours(tmp_pat
     assert unchanged(model, before)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_trainer_goes_on_exactly(tmp_path: Path) -> None:
     straight = attached("lora")
     trainer_of(straight, tmp_path / "a", seed=1).train()

@@ -153,6 +153,8 @@ ROUNDED |= {"trainable_token_indices", "lokr of two factors", "oft shared", "bia
 ALL = [(shape, name) for shape in SHAPES for name in CASES if (shape, name) not in NOT_THERE]
 TIED = ("lora", "lora embedding", "modules_to_save", "trainable_token_indices", "trainable tokens")
 SHAPED = [one for one in ALL if one not in REFUSED and (one[0] != "tied" or one[1] in TIED)]
+CORE = ("lora", "dora", "modules_to_save", "trainable_token_indices", "ia3", "randlora", "ln_tuning", "bias all")
+"""Cases that every run of the tests has on all shapes; the others on BERT and T5 are among the slow ones."""
 
 
 def randomized(model: Any) -> Any:
@@ -174,7 +176,14 @@ def theirs(shape: str, name: str, directory: Path) -> torch.Tensor:
         return logits(model)
 
 
-@pytest.mark.parametrize(("shape", "name"), SHAPED, ids=lambda value: value.replace(" ", "_"))
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        pytest.param(shape, name, marks=[pytest.mark.slow] if shape in ("bert", "t5") and name not in CORE else [])
+        for shape, name in SHAPED
+    ],
+    ids=lambda value: value.replace(" ", "_"),
+)
 def test_peft_here_and_ours_in_peft_give_the_same_logits(shape: str, name: str, tmp_path: Path) -> None:
     wanted = theirs(shape, name, tmp_path / "theirs")
     model = make(shape)

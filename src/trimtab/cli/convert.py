@@ -62,6 +62,7 @@ def command(
         if to == "gguf-model":
             return as_gguf_model(it, out)
         saved = it.saved or attached(it)
+        named(saved, it)
         bare = without(it)
         if to == "trimtab":
             from trimtab.interop.saved import write_saved
@@ -84,6 +85,13 @@ def attached(it: Opened) -> Saved:
     from trimtab.interop.saved import saved_of
 
     return saved_of(it.model, next(iter(require_state(it.model, "convert").adapters)))
+
+
+def named(saved: Saved, it: Opened) -> None:
+    """Let an adapter that will lie alone say what it is of."""
+    known = it.saved.record.get("notes") or {} if it.saved is not None else {}
+    notes = {key: known[key] for key in ("base", "tokenizer", "context") if key in known}
+    saved.record["notes"] = {"base_model": it.source} | notes | (saved.record.get("notes") or {})
 
 
 def without(it: Opened) -> Any:
@@ -140,6 +148,7 @@ def as_lora(it: Opened, out: Path, rank: int | None, energy: float | None) -> di
     rows, compared = proof.probes(it.run, it.model, it.tokenizer)
     before = proof.log_probabilities(it.model, rows)
     saved, fits = to_lora(it.model, name, rank=rank, energy=energy)
+    named(saved, it)
     bare = without(it)
     attach_saved(bare, saved.record, saved.tensors, out, trainable=False)
     gap = proof.difference(before, proof.log_probabilities(bare.eval(), rows), rows)
