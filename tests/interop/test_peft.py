@@ -411,3 +411,10 @@ def test_torchs_attention_is_refused_where_peft_counts_its_output_twice(tmp_path
     tt.attach(model, tt.LoRA(rank=2), "mha.in_proj_weight")
     with pytest.raises(UserError, match="twice"):
         to_peft(Net(), saved_of(model))
+
+
+def test_the_docs_name_every_type_that_is_read(repository: Path) -> None:
+    from trimtab.interop.peft_table import known_types
+
+    page = (repository / "docs" / "interop.md").read_text(encoding="utf-8")
+    assert [kind for kind in known_types() if kind not in page] == []
