@@ -418,3 +418,22 @@ def test_the_docs_name_every_type_that_is_read(repository: Path) -> None:
 
     page = (repository / "docs" / "interop.md").read_text(encoding="utf-8")
     assert [kind for kind in known_types() if kind not in page] == []
+
+
+def test_several_adapters_of_peft_go_on_one_model_and_off_again(tmp_path: Path) -> None:
+    names = ["lora", "dora", "ln_tuning", "lora embedding", "vera"]
+    wanted = {name: theirs("llama", name, tmp_path / name) for name in names}
+    model = make("llama")
+    before = logits(model)
+    for name in names:
+        tt.load(model, tmp_path / name, name=name.replace(" ", "_"))
+    for name in names:
+        tt.activate(model, name.replace(" ", "_"))
+        assert (logits(model) - wanted[name]).abs().max() < 1e-5
+        write_peft(model, saved_of(model, name.replace(" ", "_")), tmp_path / f"{name} again")
+        assert (
+            from_peft(make("llama"), tmp_path / f"{name} again").tensors.keys()
+            == from_peft(make("llama"), tmp_path / name).tensors.keys()
+        )
+    tt.detach(model)
+    assert torch.equal(logits(model), before)

@@ -7,8 +7,6 @@ from pathlib import Path
 from torch import nn
 
 from trimtab.core import save
-from trimtab.core.delta import state_of
-from trimtab.core.errors import UserError
 from trimtab.interop.adapterhub import from_adapterhub, is_adapterhub
 from trimtab.interop.kohya import from_kohya, is_kohya
 from trimtab.interop.peft import from_peft, is_peft
@@ -36,10 +34,5 @@ def is_foreign(directory: str | Path) -> bool:
 
 def read_foreign(model: nn.Module, directory: str | Path, name: str | None = None) -> Saved:
     """An adapter of another library as one of ours, for this model."""
-    if state_of(model) is not None:
-        raise UserError(
-            f"load: {directory} is read against the model alone, and this one carries adapters",
-            fix="load the foreign adapter first, or convert it with `trimtab convert`",
-        )
     read = from_kohya if is_kohya(directory) else from_adapterhub if is_adapterhub(directory) else from_peft
     return read(model, directory, name or "default")

@@ -57,8 +57,8 @@ def read_base_layer(model: nn.Module, place: Place, tensors: Mapping[str, Tensor
     drafts = []
     if "base_layer.weight" in tensors:
         W = tensors["base_layer.weight"]
-        base: Any = model.get_submodule(place.module)
-        same = W.shape == base.weight.shape and torch.equal(W, base.weight.detach().cpu().to(W.dtype))
+        stored = model.get_submodule(place.module)._parameters.get("weight")
+        same = stored is not None and W.shape == stored.shape and torch.equal(W, stored.detach().cpu().to(W.dtype))
         if not same:
             drafts += read_copy(model, place, {"weight": W})
     if "base_layer.bias" in tensors:
@@ -145,7 +145,7 @@ def write_copies(model: nn.Module, part: SavedPart) -> dict[str, Tensors]:
             raise refuse(f"Full at {place.name}", "PEFT saves whole modules", "train the whole module")
         module: Any = model.get_submodule(place.module)
         V = site.tensors["V"]
-        W = V.reshape(module.weight.shape) if place.kind == "conv" else turned(module, place, V)
+        W = V.reshape(module._parameters["weight"].shape) if place.kind == "conv" else turned(module, place, V)
         found[place.module] = {"weight": W} | ({"bias": site.tensors["c"]} if "c" in site.tensors else {})
     return found
 
