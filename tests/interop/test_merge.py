@@ -75,6 +75,25 @@ def test_file_by_file_equals_in_memory(shape: str, name: str, tmp_path: Path) ->
     assert (logits(again) - before).abs().max() < 1e-4
 
 
+def test_a_bf16_checkpoint_is_rounded_once(tmp_path: Path) -> None:
+    make("llama").bfloat16().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    model = make("llama").bfloat16()
+    tt.attach(model, tt.LoRA(rank=2), "q, down", dtype=torch.float32)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn_like(value))
+    (tmp_path / "out").mkdir()
+    shards.merge_shards(outlined("llama"), saved_of(model), tmp_path / "base", tmp_path / "out")
+    tt.merge(model)
+    held = {}
+    for path in shards.files_of(tmp_path / "out"):
+        from safetensors.torch import load_file
+
+        held |= load_file(path)
+    assert all(torch.equal(held[key], value) for key, value in model.state_dict().items())
+
+
 def test_headers_and_untouched_tensors_keep_their_bytes(tmp_path: Path) -> None:
     base = in_files("llama", tmp_path / "base")
     model = tuned("llama", "lora")

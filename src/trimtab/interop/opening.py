@@ -156,6 +156,23 @@ def of_foreign(adapter: Path, model: str | None, device: str, verb: str) -> Open
     source = model or base_named(adapter)
     if not source:
         raise UserError(f"{verb}: {adapter} does not say where its base model is", fix="name it with --model")
-    base = load_model(source, task=writing_task(source), dtype=stored_dtype(source), device=device)
+    labels = labels_of(adapter)
+    task = "classify" if labels else writing_task(source)
+    base = load_model(source, task=task, labels=labels, dtype=stored_dtype(source), device=device)
     load_any(base.model, adapter, trainable=False)
-    return Opened(base.model.eval(), base.tokenizer, None, base.task, None, source, base.directory, None, None)
+    return Opened(base.model.eval(), base.tokenizer, None, base.task, labels, source, base.directory, None, None)
+
+
+def labels_of(adapter: Path) -> list[str] | None:
+    """Names for the labels of a PEFT classifier, as many as its saved head has rows; None of another adapter."""
+    from trimtab.interop.adapterhub import is_adapterhub
+    from trimtab.interop.peft import WEIGHTS, is_peft, read_config
+    from trimtab.interop.shards import header_of
+
+    if not is_peft(adapter) or is_adapterhub(adapter) or read_config(adapter).get("task_type") != "SEQ_CLS":
+        return None
+    if not (adapter / WEIGHTS).is_file():
+        return None
+    heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+    found = [one["shape"][0] for key, one in header_of(adapter / WEIGHTS)[0].items() if key.endswith(heads)]
+    return [f"LABEL_{index}" for index in range(found[-1])] if found and found[-1] > 1 else None
