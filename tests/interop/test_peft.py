@@ -437,3 +437,35 @@ def test_several_adapters_of_peft_go_on_one_model_and_off_again(tmp_path: Path) 
         )
     tt.detach(model)
     assert torch.equal(logits(model), before)
+
+
+def test_pruned_ranks_of_adalora_come_back_as_zeros(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = randomized(peft.get_peft_model(make("llama"), CASES["adalora"]("llama")).eval())
+        pattern = {}
+        for index, (name, value) in enumerate([one for one in there.named_parameters() if "lora_E" in one[0]]):
+            keep = [rank % 2 == 0 or rank < index for rank in range(6)]
+            with torch.no_grad():
+                value[~torch.tensor(keep)] = 0
+            pattern[name.removeprefix("base_model.model.")] = keep
+        there.peft_config["default"].rank_pattern = pattern
+        wanted = logits(there)
+        there.save_pretrained(tmp_path)
+    assert any(
+        len(value) < 6 for key, value in load_file(tmp_path / "adapter_model.safetensors").items() if "_A" in key
+    )
+    model = make("llama")
+    tt.load(model, tmp_path)
+    assert (logits(model) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["randlora", "vera", "vb_lora", "lora embedding", "trainable_token_indices"])
+def test_no_tensor_stands_in_a_file_twice(name: str, tmp_path: Path) -> None:
+    theirs("tied", name, tmp_path)
+    model = make("tied")
+    tt.load(model, tmp_path)
+    _, tensors = to_peft(make("tied"), saved_of(model))
+    large = [value.contiguous().view(torch.uint8).numpy().tobytes() for value in tensors.values() if value.numel() > 8]
+    assert len(large) == len(set(large))
+    assert not any(key.endswith("base_layer.weight") for key in tensors)

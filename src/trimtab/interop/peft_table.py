@@ -100,12 +100,12 @@ def site_of(layer: Layer) -> Site:
 
 
 def read_adalora(layer: Layer, reading: Reading) -> Reading:
-    """PEFT leaves pruned ranks out of its file and divides by how many are left; here they stay, with λ = 0."""
+    """PEFT leaves pruned ranks out of its file and still divides by the first rank; here they stay, with λ = 0."""
     settings, tensors, _ = reading
     rank, kept = int(layer.config["init_r"]), tensors["P"].shape[1]
     alpha = float(layer.config.get("lora_alpha") or rank)
     wide = {"P": (0, rank - kept), "Q": (0, 0, 0, rank - kept), "lambda_": (0, rank - kept)}
-    tensors["lambda_"] = tensors["lambda_"].flatten() * (1.0 if kept == rank else rank / kept)
+    tensors["lambda_"] = tensors["lambda_"].flatten()
     tensors = {key: nn.functional.pad(value, wide[key]) for key, value in tensors.items()}
     zeros = {key: torch.zeros_like(value) for key, value in tensors.items()}
     for kind in ("importance", "uncertainty"):
