@@ -24,6 +24,8 @@ from trimtab.train.rundir import versions
 
 CONTEST, RESULT = "contest.json", "result.json"
 TIMED_STEPS = 3
+SHORTEST = 20
+"""Steps a run of the first round has at least, if a final one has them."""
 CERTAIN = 0.999
 MARGIN = 0.2
 """A method's other seeds are not run where, at the level `CERTAIN`, its loss is above another's by this share of it."""
@@ -217,7 +219,7 @@ def chosen_point(hall: Hall, entry: Entry, steps: int, watch: Watcher) -> tuple[
         return 1.0, {}
     best: tuple[float, Mapping[str, Any]] | str = points[0]
     if len(points) > 1:
-        short = max(FEWEST, round(FIRST * steps))
+        short = max(min(steps, SHORTEST), round(FIRST * steps))
         best, _ = best_of(hall, entry, points, {"steps": short}, "first round", watch)
     if isinstance(best, str):
         return best
@@ -260,7 +262,8 @@ def beaten(entry: Entry, finals: Mapping[str, Sequence[Mapping[str, Any]]], task
     for name, runs in finals.items():
         mine, other = own[0]["judge"], runs[0]["judge"]
         found = difference([mine["losses"]], [other["losses"]], mine["terms"], level=CERTAIN)
-        if name != entry.name and found.low > MARGIN * abs(other["loss"]):
+        rival = name != entry.name and runs[0]["kind"] == "method"
+        if rival and found.low > MARGIN * abs(other["loss"]):
             return f"stopped after one seed: its loss is {found.mean:.3g} above {name}'s, at least {found.low:.3g}"
     return None
 

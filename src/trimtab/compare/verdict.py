@@ -170,6 +170,11 @@ def sentences(
     return told
 
 
+def once(row: Mapping[str, Any]) -> str:
+    """A remark where an interval is over rows alone."""
+    return ", over the rows of one seed" if row["seeds"] == 1 else ""
+
+
 def costs(row: Mapping[str, Any]) -> str:
     """Time, memory and size of a method in words."""
     told = []
