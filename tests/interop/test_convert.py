@@ -130,7 +130,8 @@ def test_a_converted_adapter_is_servable_by_all() -> None:
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_a_gguf_lora_makes_the_same_changes(shape: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
-    model = tuned(shape, tt.LoRA(rank=3, ranks="down=2"), "q, v, down, embed")
+    where = "q, v, down, embed" if shape == "llama" else "q, v, down"
+    model = tuned(shape, tt.LoRA(rank=3, ranks="down=2"), where)
     path = tmp_path / "lora.gguf"
     names = write_gguf_lora(make(shape), saved_of(model), path)
     reader = gguf.GGUFReader(str(path))
@@ -160,6 +161,8 @@ def test_a_gguf_lora_of_another_method_is_refused(tmp_path: Path) -> None:
         write_gguf_lora(make("llama"), saved_of(tuned("llama", tt.DoRA(rank=2), "q")), tmp_path / "x.gguf")
     with pytest.raises(UserError, match=r"llama\.cpp takes plain LoRA"):
         write_gguf_lora(make("llama"), saved_of(tuned("llama", tt.LoKr(rank=2), "q")), tmp_path / "x.gguf")
+    with pytest.raises(UserError, match="shares its weight"):
+        write_gguf_lora(make("tied"), saved_of(tuned("tied", tt.LoRA(rank=2), "embed")), tmp_path / "x.gguf")
     assert not any(tmp_path.iterdir())
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
+from trimtab.core.merge import tied_parameters
 from trimtab.interop.peft_lora import is_lora, pairs_of, stacked
 from trimtab.interop.saved import Saved
 from trimtab.models.gguf import INTERLEAVED, halves_from_pairs
@@ -84,7 +85,13 @@ def write_gguf_lora(model: nn.Module, saved: Saved, path: str | Path) -> list[st
     ranks = {A.shape[0] for _, A in factors(model, saved).values()}
     tensors: dict[str, Tensor] = {}
     problems = []
+    tied = tied_parameters(model)
     for module, (B, A) in factors(model, saved).items():
+        if id(model.get_submodule(module)._parameters.get("weight")) in tied:
+            raise UserError(
+                f"convert: {module} shares its weight, and llama.cpp adds a LoRA on it to embedding and output alike",
+                fix="--to gguf-model writes the merged model",
+            )
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight", ".bias"))
         if name is None:
             problems.append(module)
