@@ -44,7 +44,29 @@ METHODS = "lora,dora,ia3,prefix_tuning,bitfit,houlsby"
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the split and of the first runs.")
 @click.option("--output", help="Directory to make, or to go on with; default: a numbered one under contests/.")
-def command(methods: str, roles: str, rates: str, refine: str, references: str, **options: Any) -> dict[str, Any]:
+def command(
+    model: str,
+    data: str,
+    methods: str,
+    minutes: float | None,
+    steps: int | None,
+    seeds: int,
+    rates: str,
+    refine: str,
+    search: bool,
+    heldout: str,
+    limit: int | None,
+    roles: str,
+    batch_size: int,
+    max_length: int | None,
+    references: str,
+    reference_text: str | None,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    seed: int,
+    output: str | None,
+) -> dict[str, Any]:
     """Hold a contest of methods on your model and rows, and recommend one.
 
     Every method gets the same rows, steps, seeds and learning-rate budget. Rates are chosen on some held-out rows, the
@@ -59,18 +81,31 @@ def command(methods: str, roles: str, rates: str, refine: str, references: str, 
     from trimtab.report.contest import write
     from trimtab.train.recipe import pairs
 
-    output = options.pop("output")
     try:
         given = pairs(roles)
     except ValueError as error:
         raise UserError(f"compare: --columns: {error}", fix="--columns prompt=mr,completion=ref") from None
     setup = Setup(
+        model=model,
+        data=data,
         methods=tuple(one.strip() for one in methods.split(",") if one.strip()),
         columns=given,
         rates=numbers("rates", rates),
         refine=numbers("refine", refine),
         references=tuple(one.strip() for one in references.split(",") if one.strip()),
-        **options,
+        heldout=heldout,
+        limit=limit,
+        seeds=seeds,
+        steps=steps,
+        minutes=minutes,
+        batch_size=batch_size,
+        search=search,
+        reference_text=reference_text,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        seed=seed,
     )
     folder = Path(output) if output else numbered(setup)
     watcher = Screen()

@@ -34,6 +34,19 @@ class Subject:
     directory: Path | None = None
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is measured on, and how."""
+
+    data: str
+    roles: str = ""
+    reference_text: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    max_new_tokens: int = 64
+    max_length: int | None = None
+
+
 @click.command(cls=Verb, name="eval", short_help="Measure a run or a model on a data file.")
 @click.argument("subject", metavar="RUN_OR_MODEL")
 @click.option("--data", required=True, help="Rows: jsonl, json, csv, tsv, parquet or txt, also gzipped.")
@@ -49,7 +62,22 @@ class Subject:
 @click.option("--dtype", default="auto", show_default=True, help="Floating type of a plain model's weights.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 @click.option("--output", help="Also write the result, with every answer, to this JSON file.")
-def command(subject: str, metrics: str, base: bool, output: str | None, **options: Any) -> dict[str, Any]:
+def command(
+    subject: str,
+    data: str,
+    adapter: str | None,
+    metrics: str,
+    roles: str,
+    reference_text: str | None,
+    limit: int | None,
+    batch_size: int,
+    max_new_tokens: int,
+    max_length: int | None,
+    base: bool,
+    dtype: str,
+    device: str,
+    output: str | None,
+) -> dict[str, Any]:
     """Measure a run directory, or a model with or without an adapter, on rows of a file.
 
     loss gives loss and perplexity per token, a classifier's accuracy, F1 and Matthews correlation, or correlations.
@@ -61,8 +89,9 @@ def command(subject: str, metrics: str, base: bool, output: str | None, **option
         trimtab eval smollm2-135m-instruct --data openbookqa.json --metrics choices
     """
     wanted = metrics_of(metrics)
-    found = opened(subject, options)
-    result: dict[str, Any] = {"subject": subject, "data": options["data"], "task": found.task}
+    options = Options(data, roles, reference_text, limit, batch_size, max_new_tokens, max_length)
+    found = opened(subject, adapter, dtype, device)
+    result: dict[str, Any] = {"subject": subject, "data": data, "task": found.task}
     result["scores"], answers = measured(found, wanted, options)
     if base:
         from trimtab.core.attach import activate
@@ -73,13 +102,7 @@ def command(subject: str, metrics: str, base: bool, output: str | None, **option
         result["base"], _ = measured(found, wanted, options)
         activate(found.model, "default")
     say(table(result))
-    target = (
-        Path(output)
-        if output
-        else found.directory / f"eval-{Path(options['data']).stem}.json"
-        if found.directory
-        else None
-    )
+    target = Path(output) if output else found.directory / f"eval-{Path(data).stem}.json" if found.directory else None
     if target is not None:
         from trimtab.core.save import write_together
 
@@ -102,15 +125,15 @@ def metrics_of(text: str) -> list[str]:
     return names
 
 
-def opened(subject: str, options: Mapping[str, Any]) -> Subject:
+def opened(subject: str, adapter: str | None, dtype: str, device: str) -> Subject:
     """A run directory, or a plain model with an adapter over it."""
     from trimtab.train.rundir import RECORD, open_run
 
     if (Path(subject) / RECORD).is_file():
-        if options["adapter"]:
+        if adapter:
             raise UserError("eval: a run has its adapter", fix="give the model's name with --adapter")
         run = open_run(subject)
-        model, tokenizer = run.load(options["device"])
+        model, tokenizer = run.load(device)
         report = (run.record.get("data") or {}).get("report") or {}
         kept = {key: getattr(run.recipe, key) for key in ("columns", "max_length", "train_on")}
         labels = report.get("labels") or run.record.get("labels")
@@ -118,60 +141,58 @@ def opened(subject: str, options: Mapping[str, Any]) -> Subject:
     from trimtab.models.loading import load, writing_task
 
     task = writing_task(subject)
-    loaded = load(
-        subject, task=task, dtype=options["dtype"], device=options["device"], progress=lambda line: say(line, err=True)
-    )
-    if options["adapter"]:
+    loaded = load(subject, task=task, dtype=dtype, device=device, progress=lambda line: say(line, err=True))
+    if adapter:
         from trimtab.core.save import load as load_adapter
 
-        load_adapter(loaded.model, options["adapter"], trainable=False)
-    return Subject(loaded.model.eval(), loaded.tokenizer, task, {"plain": not options["adapter"]})
+        load_adapter(loaded.model, adapter, trainable=False)
+    return Subject(loaded.model.eval(), loaded.tokenizer, task, {"plain": not adapter})
 
 
 def measured(
-    subject: Subject, wanted: Sequence[str], options: Mapping[str, Any]
+    subject: Subject, wanted: Sequence[str], options: Options
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Every metric asked for, and the answers that were scored."""
     from trimtab.data.reading import read
     from trimtab.train.recipe import pairs
 
-    table = read(options["data"])
+    table = read(options.data)
     try:
-        given = pairs(options["roles"]) or dict(subject.settings.get("columns") or {})
+        given = pairs(options.roles) or dict(subject.settings.get("columns") or {})
     except ValueError as error:
         raise UserError(f"eval: --columns: {error}", fix="--columns prompt=mr,completion=ref") from None
     scores: dict[str, float] = {}
     answers: list[dict[str, Any]] = []
     if "choices" in wanted:
-        scores |= choices(subject, table.rows[: options["limit"]], str(table.path))
+        scores |= choices(subject, table.rows[: options.limit], str(table.path))
     if set(wanted) - {"choices"}:
         from trimtab.data.forms import detect, examples, take
 
         rows = examples(table, detect(table, given or None))
         if "loss" in wanted:
-            scores |= losses(subject, take(rows, options["limit"]), options)
+            scores |= losses(subject, take(rows, options.limit), options)
         if written := [one for one in wanted if one in WRITTEN]:
             more, answers = generated(subject, rows, written, options)
             scores |= more
-    if options["reference_text"]:
+    if options.reference_text:
         scores["reference_loss"] = reference(subject, options)
     return scores, answers
 
 
-def losses(subject: Subject, rows: Sequence[Any], options: Mapping[str, Any]) -> dict[str, float]:
+def losses(subject: Subject, rows: Sequence[Any], options: Options) -> dict[str, float]:
     """Loss and what goes with it for the task."""
     from trimtab.data.encode import encode_all
     from trimtab.evaluate.glue import labelled_scores
     from trimtab.evaluate.loss import evaluate
 
-    settings = {"max_length": options["max_length"] or subject.settings.get("max_length"), "truncation": "right"}
+    settings = {"max_length": options.max_length or subject.settings.get("max_length"), "truncation": "right"}
     settings |= {"train_on": subject.settings["train_on"]} if "train_on" in subject.settings else {}
     encoded = encode_all(rows, subject.tokenizer, labels=labels_of(subject, rows), **settings)  # type: ignore[arg-type]
     pad = int(subject.tokenizer.pad_token_id)
     with bar("loss", len(encoded)) as tick:
-        found = evaluate(subject.model, encoded, subject.task, pad, batch_size=options["batch_size"], progress=tick)
+        found = evaluate(subject.model, encoded, subject.task, pad, batch_size=options.batch_size, progress=tick)
     if subject.task in ("classify", "regress"):
-        found |= labelled_scores(subject.model, encoded, subject.task, pad, options["batch_size"])
+        found |= labelled_scores(subject.model, encoded, subject.task, pad, options.batch_size)
     return found
 
 
@@ -189,7 +210,7 @@ def labels_of(subject: Subject, rows: Sequence[Any]) -> Any:
 
 
 def generated(
-    subject: Subject, rows: Sequence[Any], wanted: Sequence[str], options: Mapping[str, Any]
+    subject: Subject, rows: Sequence[Any], wanted: Sequence[str], options: Options
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Greedy answers to every distinct prompt, scored against all its completions."""
     from trimtab.data.encode import inference_prompt
@@ -203,12 +224,10 @@ def generated(
     inputs: dict[tuple[str, ...], list[Any]] = {}
     for row in rows:
         inputs.setdefault(row.prompt_key(), []).append(row)
-    groups = list(inputs.values())[: options["limit"]]
+    groups = list(inputs.values())[: options.limit]
     prompts = [inference_prompt(group[0], subject.tokenizer) for group in groups]
     with bar("answers", len(prompts)) as tick:
-        answers = generate(
-            subject.model, subject.tokenizer, prompts, options["max_new_tokens"], options["batch_size"], tick
-        )
+        answers = generate(subject.model, subject.tokenizer, prompts, options.max_new_tokens, options.batch_size, tick)
     references = [[row.completion for row in group] for group in groups]
     scores: dict[str, float] = {"inputs": len(groups)}
     for name, one in (("exact", exact_match), ("f1", token_f1)):
@@ -239,13 +258,13 @@ def choices(subject: Subject, rows: Sequence[Mapping[str, Any]], where: str) -> 
         return {"questions": len(asked)} | accuracies(score(subject.model, subject.tokenizer, asked, progress=tick))
 
 
-def reference(subject: Subject, options: Mapping[str, Any]) -> float:
+def reference(subject: Subject, options: Options) -> float:
     """Loss per token of a text, in pieces of 256 tokens."""
     from trimtab.data.encode import encode_all
     from trimtab.data.forms import Text
     from trimtab.evaluate.rows import each_row
 
-    path = Path(options["reference_text"])
+    path = Path(options.reference_text or "")
     if subject.task != "causal":
         raise UserError(f"eval: a model for {subject.task} has no loss on a text", fix="leave --reference-text out")
     try:
@@ -254,7 +273,7 @@ def reference(subject: Subject, options: Mapping[str, Any]) -> float:
         raise UserError(f"eval: {path} cannot be read: {error}", fix="a UTF-8 text file") from None
     rows = encode_all([Text(text=text)], subject.tokenizer, max_length=256, truncation="split")
     pad = int(subject.tokenizer.pad_token_id)
-    return each_row(subject.model, rows, "causal", pad, batch_size=options["batch_size"]).loss
+    return each_row(subject.model, rows, "causal", pad, batch_size=options.batch_size).loss
 
 
 def bar(title: str, total: int) -> Any:

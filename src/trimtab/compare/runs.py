@@ -79,7 +79,7 @@ class Hall:
         task = task_of(self.recipe({"method": "lora"}, 0), form.name, form.target)
         return writing_task(self.setup.model) if task == "causal" else task
 
-    def recipe(self, about: Mapping[str, Any], seed: int, **more: Any) -> Recipe:
+    def recipe(self, about: Mapping[str, Any], seed: int, steps: int | None = None) -> Recipe:
         """A recipe on the contest's rows."""
         setup = self.setup
         values = {
@@ -95,8 +95,9 @@ class Hall:
             "threads": setup.threads,
             "save_every": 0,
             "seed": setup.seed + seed,
+            "steps": steps,
         }
-        return recipe_from({**values, **about, **more})
+        return recipe_from({**values, **about})
 
     def loaded(self, seed: int) -> Loaded:
         """The model, with the new head of a seed where it gets one; loaded again if a run has left something behind."""
