@@ -63,7 +63,7 @@ def command(
         )
     made, fits = combined(detach(bare), adapters, how, given, density=density, rank=rank, seed=seed)
     first = adapters[0].record.get("notes") or {}
-    kept = {key: first[key] for key in ("base", "tokenizer", "context") if key in first}
+    kept = {key: first[key] for key in ("base", "tokenizer", "context", "dtype") if key in first}
     made.record["notes"] = kept | (made.record.get("notes") or {})
     write_saved(made, out)
     worst = max(fits, key=lambda fit: fit.error, default=None)

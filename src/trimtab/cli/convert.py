@@ -90,7 +90,7 @@ def attached(it: Opened) -> Saved:
 def named(saved: Saved, it: Opened) -> None:
     """Let an adapter that will lie alone say what it is of."""
     known = it.saved.record.get("notes") or {} if it.saved is not None else {}
-    notes = {key: known[key] for key in ("base", "tokenizer", "context") if key in known}
+    notes = {key: known[key] for key in ("base", "tokenizer", "context", "dtype") if key in known}
     saved.record["notes"] = {"base_model": it.source} | notes | (saved.record.get("notes") or {})
 
 

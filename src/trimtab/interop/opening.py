@@ -108,7 +108,8 @@ def of_adapter(adapter: Path, model: str | None, device: str, verb: str) -> Open
         raise UserError(
             f"{verb}: {adapter} is the adapter of a classifier", fix="give its run directory, which knows the labels"
         )
-    base = load_model(model, dtype=stored_dtype(model), device=device, context=notes.get("context"))
+    dtype = notes.get("dtype") or stored_dtype(model)
+    base = load_model(model, dtype=dtype, device=device, context=notes.get("context"))
     known = notes.get("base")
     if known and base.directory is not None and fingerprint(base.directory) != known:
         raise UserError(

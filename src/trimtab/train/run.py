@@ -174,6 +174,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         record["after"] = job.measure()
         tell.evaluated("after", record["after"])
     notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
+    notes |= {"dtype": record["model"]["dtype"]}
     prompt = wording(job.model, job.tokenizer)
     notes |= {"prompt": prompt} if prompt is not None else {}
     notes |= {"context": recipe.context} if recipe.context is not None else {}
