@@ -45,7 +45,7 @@ def kind_of(directory: Path) -> str:
         if (directory / name).is_file():
             return kind
     if (directory / FOREIGN).is_file():
-        raise UserError(f"inspect: {directory} holds a PEFT adapter, which this version does not read yet")
+        raise UserError(f"inspect: {directory} holds a PEFT adapter", fix=f"trimtab convert {directory} --out DIR")
     if (directory / "config.json").is_file():
         raise UserError(f"inspect: {directory} is a model, not a run or an adapter", fix=nearby(directory.parent))
     raise UserError(

@@ -1,30 +1,31 @@
-"""`trimtab merge`: fold an adapter into its model and save a plain model, proven equal by loading it again."""
+"""`trimtab merge`: fold an adapter into its model and save a plain model, with a proof that it computes the same."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.verb import Verb, counted, heading, say, size
+from trimtab.cli.verb import Verb, columns, counted, heading, say, size
 from trimtab.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-    from trimtab.train.rundir import Run
+    from trimtab.core.format import Format
+    from trimtab.interop.opening import Opened
+    from trimtab.interop.proof import Difference
 
-PROBES, PROBE_TOKENS = 4, 128
-"""Rows on which the adapter and the merged model are compared, and their longest length in tokens."""
-TOLERANCE = {"float32": 5e-3, "float16": 0.1, "bfloat16": 0.5}
-"""Largest difference of log-probabilities that rounding explains."""
+PROOF = "proof.json"
+INTO = ("auto", "original", "dequantized")
 
 
 @click.command(cls=Verb, name="merge", short_help="Fold an adapter into its model.")
@@ -32,136 +33,282 @@ TOLERANCE = {"float32": 5e-3, "float16": 0.1, "bfloat16": 0.5}
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; it must not exist.")
 @click.option("--model", help="The base model, for an adapter that lies in no run directory.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
-def command(directory: Path, out: Path, model: str | None, device: str) -> dict[str, Any]:
+@click.option("--data", type=click.Path(path_type=Path), help="Rows to compare on, instead of those of the run.")
+@click.option("--rows", default=4, show_default=True, type=click.IntRange(1), help="How many rows to compare on.")
+@click.option(
+    "--into",
+    default="auto",
+    show_default=True,
+    type=click.Choice(INTO),
+    help="Over a quantized base: the original weights, or what the codes decode to.",
+)
+@click.option("--no-proof", "unproven", is_flag=True, help="Merge shard by shard and compare nothing: least memory.")
+def command(
+    directory: Path,
+    out: Path,
+    model: str | None,
+    device: str,
+    data: Path | None,
+    rows: int,
+    into: str,
+    unproven: bool,
+) -> dict[str, Any]:
     """Fold an adapter into its model and save the result as a plain model directory, with the tokenizer.
 
-    The result needs no Trimtab. It is loaded again and compared with the adapter before it takes its name. A quantized
-    base becomes dense.
+    The result needs no Trimtab. It is loaded again and compared with the adapter on rows of real data before it takes
+    its name; the figures stand in proof.json. A quantized base becomes dense: the weights its codes decode to, unless
+    the original ones do clearly better on these rows. A checkpoint of several files is merged file by file.
     """
-    from trimtab.core.delta import edited_modules
-    from trimtab.core.merge import merge
-    from trimtab.core.quantized import dequantize
-    from trimtab.models.loading import load as load_model
     from trimtab.models.starters import quiet_transformers
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"merge: {out} exists and is not an empty directory", fix="choose another --out")
     with quiet_transformers():
-        say("loading the model and the adapter ...")
-        run, tuned, tokenizer, task, labels = loaded(directory, model, device)
-        rows, compared = probes(run, tuned, tokenizer)
-        before = log_probabilities(tuned, rows)
-        sites = sum(1 for _ in edited_modules(tuned))
-        dtype = str(next(p.dtype for p in tuned.parameters() if p.is_floating_point())).removeprefix("torch.")
-        merge(tuned, quantized="dense")
-        if is_quantized(tuned):
-            dequantize(tuned)
-        with made_at_once(out) as temporary:
-            say("saving ...")
-            save(tuned, tokenizer, temporary)
-            device = str(next(tuned.parameters()).device)
-            del tuned
-            again = load_model(temporary, task=task, labels=labels, dtype=dtype, device=device)
-            difference = largest_difference(before, log_probabilities(again.model, rows))
-    close = difference <= TOLERANCE.get(dtype, 5e-3)
+        if unproven:
+            return streamed(directory, out, model)
+        return proven(directory, out, model, device, data, rows, into)
+
+
+def proven(
+    directory: Path, out: Path, model: str | None, device: str, data: Path | None, count: int, into: str
+) -> dict[str, Any]:
+    """Merge with a proof."""
+    from trimtab.core.delta import edited_modules
+    from trimtab.interop import proof
+    from trimtab.interop.opening import opened
+    from trimtab.models.loading import load as load_model
+
+    say("loading the model and the adapter ...")
+    it = opened(directory, model, device)
+    tuned = it.model
+    rows, compared = (
+        proof.rows_of(data, it.tokenizer, tuned, count)
+        if data is not None
+        else proof.probes(it.run, tuned, it.tokenizer, count)
+    )
+    before = proof.log_probabilities(tuned, rows)
+    sites = sum(1 for _ in edited_modules(tuned))
+    dtype = str(next(p.dtype for p in tuned.parameters() if p.is_floating_point())).removeprefix("torch.")
+    found: dict[str, Difference] = {"adapter": proof.difference(before, before, rows)}
+    coded = is_quantized(tuned)
+    format = format_of(tuned) if coded else None
+    if into != "auto" and not coded:
+        raise UserError(f"merge: --into {into} is about a quantized base, and this one is dense")
+    plain, chosen = merged(it, before, rows, found, into)
+    with made_at_once(out) as temporary:
+        say("saving ...")
+        how = write(plain, it, temporary, coded)
+        kind = stored_dtype(temporary) or dtype
+        place = str(next(tuned.parameters()).device)
+        del plain, tuned
+        it.model = None  # type: ignore[assignment]
+        again = load_model(temporary, task=it.task, labels=it.labels, dtype=dtype, device=place)
+        after = proof.log_probabilities(again.model, rows)
+        found["reloaded"] = proof.difference(before, after, rows)
+        tolerance = proof.TOLERANCE.get(kind, 5e-3)
+        reference = found["merged"].largest if chosen == "original" else 0.0
+        close = found["reloaded"].largest <= tolerance + reference
+        document = {
+            "compared_on": compared,
+            "rows": len(rows),
+            "dtype": kind,
+            "base": chosen,
+            "written": how,
+            "tolerance": tolerance,
+            "equal": close,
+            "differences": {name: one.as_json() for name, one in found.items()},
+        }
+        if format is not None:
+            document["quantized"] = str(format)
+        (temporary / PROOF).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     stored = sum(one.stat().st_size for one in out.iterdir())
-    say(heading(f"merged {counted(sites, 'site')} into {out}") + f", {size(stored)}, {dtype}")
-    say(f"  adapter and merged model: log-probabilities differ by {difference:.2g} at most, on {compared}")
+    say(heading(f"merged {counted(sites, 'site')} into {out}") + f", {size(stored)}, {kind}, {how}")
+    gap = found["reloaded"].largest
+    say(f"  adapter and merged model: log-probabilities differ by {gap:.2g} at most, on {compared}")
+    say(columns(proof.table(found), right=(1, 2, 3, 4), indent=4))
+    if coded:
+        say(f"  the base was quantized ({format}); merged into its {chosen} weights{losses(found)}")
     if not close:
-        say(f"  warning: rounding to {dtype} does not explain so much; compare both on your data before you use it")
+        say(f"  warning: rounding to {kind} does not explain so much; compare both on your data before you use it")
     return {
         "directory": str(out),
         "sites": sites,
-        "dtype": dtype,
         "bytes": stored,
-        "largest_log_probability_difference": difference,
-        "compared_on": compared,
-        "equal": close,
+        "largest_log_probability_difference": gap,
+        "proof": str(out / PROOF),
+        **document,
     }
 
 
-def loaded(directory: Path, model: str | None, device: str) -> tuple[Run | None, Any, Any, str, list[str] | None]:
-    """The model with its adapter: of a run, of an adapter inside a run, or of an adapter alone with its base named."""
-    from trimtab.core.save import RECORD, load, read_record
-    from trimtab.models.loading import fingerprint
-    from trimtab.models.loading import load as load_model
+def losses(found: dict[str, Difference]) -> str:
+    """The evidence for the choice of weights, in words."""
+    one, other = found.get("into the original"), found["into the dequantized"]
+    if one is None or one.loss is None:
+        return ""
+    return f": loss {one.loss:.4f} with the original ones, {other.loss:.4f} with the dequantized"
+
+
+def merged(
+    it: Opened, before: list[Tensor], rows: list[list[int]], found: dict[str, Difference], into: str
+) -> tuple[nn.Module, str]:
+    """The merged model in memory, and which weights of the base it holds: as they were, original or dequantized."""
+    from trimtab.core.merge import merge
+    from trimtab.core.quantized import dequantize
+    from trimtab.interop import proof
+
+    if not is_quantized(it.model):
+        merge(it.model, quantized="dense")
+        found["merged"] = proof.difference(before, proof.log_probabilities(it.model, rows), rows)
+        return it.model, "as it was"
+    format, paths = format_of(it.model), coded_paths(it.model)
+    original = None if starts_on_codes(it) else on_original(it)
+    values = None
+    if original is not None:
+        values = proof.log_probabilities(original, rows)
+        found["into the original"] = proof.difference(before, values, rows)
+    elif into == "original":
+        raise UserError("merge: the adapter was started on these codes, so the original weights do not fit it")
+    merge(it.model, quantized="dense")
+    dequantize(it.model)
+    dense = proof.log_probabilities(it.model, rows)
+    found["into the dequantized"] = proof.difference(before, dense, rows)
+    found["requantized"] = proof.difference(before, requantized(it.model, paths, format, rows), rows)
+    wins = values is not None and proof.better(dense, values, rows)
+    chosen = into if into != "auto" else ("original" if wins else "dequantized")
+    name = "into the original" if chosen == "original" else "into the dequantized"
+    found["merged"] = found[name]
+    return (original if chosen == "original" and original is not None else it.model), chosen
+
+
+def on_original(it: Opened) -> nn.Module:
+    """The original, dense model with the adapter folded in."""
+    from trimtab.core.merge import merge
+    from trimtab.core.save import attach_saved
+
+    base = it.base(device=str(next(it.model.parameters()).device), dtype=dtype_of(it.model))
+    assert it.saved is not None
+    attach_saved(base, it.saved.record, it.saved.tensors, "the adapter", trainable=False)
+    return merge(base.eval())
+
+
+def dtype_of(model: nn.Module) -> str:
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+
+
+def starts_on_codes(it: Opened) -> bool:
+    """Whether the adapter fits these codes only, or is not ours to attach once more."""
+    return it.saved is None or any(part.encoded for part in it.saved.parts)
+
+
+def coded_paths(model: nn.Module) -> list[str]:
+    """The modules whose weights are kept in codes."""
+    return [path for path, module in model.named_modules() if "code" in module._modules]
+
+
+def format_of(model: nn.Module) -> Format:
+    """The format of the first quantized weight."""
+    code: Any = model.get_submodule(coded_paths(model)[0])._modules["code"]
+    made: Format = code.format
+    return made
+
+
+def requantized(model: nn.Module, paths: list[str], format: Format, rows: list[list[int]]) -> list[Tensor]:
+    """What the merged weights compute once they are in codes again; the model is dense before and after."""
+    from trimtab.core.quantized import dequantize_module, quantize_module
+    from trimtab.interop.proof import log_probabilities
+
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
+    kept = {path: module.weight.detach().clone() for path, module in modules.items()}
+    for module in modules.values():
+        quantize_module(module, format)
+    values = log_probabilities(model, rows)
+    for path in paths:
+        dequantize_module(modules[path])
+        modules[path].weight.data.copy_(kept[path])
+    return values
+
+
+def write(model: nn.Module, it: Opened, temporary: Path, coded: bool) -> str:
+    """Write the merged model: file by file where its checkpoint has several, else as it is in memory."""
+    if it.saved is not None and not coded and it.directory is not None:
+        how = by_shards(it, temporary)
+        if how is not None:
+            return how
+    save(model, it.tokenizer, temporary)
+    return "from memory"
+
+
+def by_shards(it: Opened, temporary: Path) -> str | None:
+    """Merge the files of a checkpoint of several; None where it has one, or its names are not the model's."""
+    from trimtab.interop import shards
+    from trimtab.models.context import lengthen
+    from trimtab.models.loading import outline
+
+    assert it.saved is not None
+    assert it.directory is not None
+    files = shards.files_of(it.directory)
+    if len(files) < 2:
+        return None
+    plan: Any = outline(it.source)
+    if shards.why_not(plan, it.saved, it.directory) is not None:
+        return None
+    shards.merge_shards(plan, it.saved, it.directory, temporary)
+    if it.context is not None:
+        lengthen(plan.config, it.context, it.source)
+    plan.config.save_pretrained(temporary)
+    if getattr(plan, "generation_config", None) is not None and plan.can_generate():
+        plan.generation_config.save_pretrained(temporary)
+    it.tokenizer.save_pretrained(temporary)
+    return f"file by file ({len(files)} files)"
+
+
+def streamed(directory: Path, out: Path, model: str | None) -> dict[str, Any]:
+    """Merge without building the model: one tensor at a time."""
+    from trimtab.core.save import RECORD, read_record
+    from trimtab.interop import shards
+    from trimtab.interop.saved import open_saved
+    from trimtab.models.context import lengthen
+    from trimtab.models.loading import directory_of, outline
+    from trimtab.train.rundir import ADAPTER, open_run
     from trimtab.train.rundir import RECORD as RUN_RECORD
 
-    if not directory.is_dir():
-        raise UserError(f"merge: {directory} is not a directory", fix="give a run directory, or that of an adapter")
     folder = directory if (directory / RUN_RECORD).is_file() else directory.parent
-    inside = folder == directory or (directory / RECORD).is_file()
-    if model is None and inside and (folder / RUN_RECORD).is_file():
-        from trimtab.cli.chat import opened
-
-        run = opened(folder)
-        tuned, tokenizer = run.load(device)
-        return run, tuned, tokenizer, run.record["task"], run.record.get("labels")
-    record = read_record(directory / "adapter" if folder == directory else directory)
-    if model is None:
-        raise UserError(
-            f"merge: {directory} does not say where its base model is ({record['base']['class']})",
-            fix="name it with --model, or give the run directory",
-        )
-    if str(record["base"]["class"]).endswith("ForSequenceClassification"):
-        raise UserError(
-            f"merge: {directory} is the adapter of a classifier", fix="give its run directory, which knows the labels"
-        )
-    base = load_model(model, device=device)
-    known = (record.get("notes") or {}).get("base")
-    if known and base.directory is not None and fingerprint(base.directory) != known:
-        raise UserError(
-            f"merge: {model} is not the model this adapter was trained on (trained on fingerprint {known[:12]})",
-            fix="name the model it was trained on",
-        )
-    words = (record.get("notes") or {}).get("tokenizer")
-    if words:
-        from trimtab.data.encode import require_same_words
-
-        require_same_words(base.tokenizer, words, model)
-    load(base.model, directory / "adapter" if folder == directory else directory, trainable=False)
-    return None, base.model.eval(), base.tokenizer, "causal", None
+    run = open_run(folder) if (folder / RUN_RECORD).is_file() else None
+    adapter = directory if (directory / RECORD).is_file() else directory / ADAPTER
+    saved = open_saved(adapter)
+    source = model or (run.recipe.model if run is not None else None)
+    if source is None:
+        read_record(adapter)
+        raise UserError(f"merge: {adapter} does not say where its base model is", fix="name it with --model")
+    if run is not None and run.recipe.quantize:
+        raise UserError("merge: --no-proof is for a dense base", fix="leave --no-proof out")
+    plan: Any = outline(source)
+    shards.refuse(plan, saved)
+    base = directory_of(source)
+    why = shards.why_not(plan, saved, base)
+    if why is not None or base is None:
+        raise UserError(f"merge: {source} cannot be merged file by file: {why}", fix="leave --no-proof out")
+    context = run.recipe.context if run is not None else (saved.record.get("notes") or {}).get("context")
+    if context is not None:
+        lengthen(plan.config, context, source)
+    with made_at_once(out) as temporary:
+        changed = shards.merge_shards(plan, saved, base, temporary)
+        plan.config.save_pretrained(temporary)
+        for file in base.iterdir():
+            if file.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "chat_template", "generation")):
+                shutil.copyfile(file, temporary / file.name)
+    stored = sum(one.stat().st_size for one in out.iterdir())
+    say(heading(f"merged {counted(changed, 'tensor')} into {out}") + f", {size(stored)}, file by file, not compared")
+    return {"directory": str(out), "tensors": changed, "bytes": stored, "equal": None, "written": "file by file"}
 
 
-def probes(run: Run | None, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], str]:
-    """Token ids to compare on, and what they are: the first rows of the run's data, else random ids."""
-    import random
+def stored_dtype(directory: Path) -> str | None:
+    """The type of the widest tensors of a checkpoint that was written."""
+    from trimtab.interop import shards
 
-    from trimtab.data.encode import encode_all
-    from trimtab.data.forms import detect, examples
-    from trimtab.data.reading import read
-    from trimtab.evaluate.generate import room_of
-    from trimtab.models.starters import sha256_of
-
-    longest = min(PROBE_TOKENS, room_of(model) - 1)
-    if run is not None and Path(run.recipe.data).is_file():
-        known = (run.record.get("data") or {}).get("sha256")
-        with suppress(UserError):  # rows that cannot be read or encoded alone are no obstacle to merging
-            if sha256_of(Path(run.recipe.data)) == known:
-                table = read(run.recipe.data)
-                rows = examples(table, detect(table, run.recipe.columns or None))[:PROBES]
-                made = encode_all(rows, tokenizer, max_length=None, train_on="all")
-                return [row.ids[:longest] for row in made], f"{len(made)} rows of the run's data"
-    draw = random.Random(0)
-    words = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    return [
-        [draw.randrange(words) for _ in range(min(16, longest))] for _ in range(PROBES)
-    ], f"{PROBES} rows of random ids"
-
-
-def log_probabilities(model: nn.Module, rows: list[list[int]]) -> list[Tensor]:
-    """log softmax of the model's outputs for each row alone, in fp32 on the CPU; a single output stays as it is."""
-    import torch
-
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        outputs = [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in rows]
-    return [one if one.shape[-1] == 1 else torch.log_softmax(one, -1) for one in outputs]
-
-
-def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest absolute difference between two lists of tensors."""
-    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    kinds = {one["dtype"] for path in shards.files_of(directory) for one in shards.header_of(path)[0].values()}
+    return next((names[kind] for kind in ("BF16", "F16", "F32") if kind in kinds), None)
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -234,7 +234,7 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise UserError(f"load: {folder} holds a PEFT adapter, which this version does not read yet")
+            raise UserError(f"load: {folder} holds a PEFT adapter", fix="trimtab.load reads it, and trimtab convert")
         beside = [str(found.parent) for found in sorted(folder.glob(f"*/{RECORD}"))] if folder.is_dir() else []
         raise UserError(f"load: no {RECORD} in {folder}", fix=f"did you mean {listing(beside, 3)}?" if beside else None)
     try:
@@ -256,7 +256,19 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None, *, tr
     Nothing is drawn or decomposed again. With `trainable=False` its tensors do not ask for gradients.
     """
     record = read_record(directory)
-    blob = read_tensors(Path(directory), record)
+    return attach_saved(model, record, read_tensors(Path(directory), record), directory, name, trainable=trainable)
+
+
+def attach_saved(
+    model: nn.Module,
+    record: Mapping[str, Any],
+    blob: Mapping[str, Tensor],
+    directory: str | Path,
+    name: str | None = None,
+    *,
+    trainable: bool = True,
+) -> nn.Module:
+    """As `load`, from a record and tensors in memory; `directory` is where they came from, for messages."""
     state = state_of(model) or State()
     adapter = Adapter(name or record["name"], record["seed"], [])
     if adapter.name in state.adapters:

@@ -1,0 +1,1 @@
+"""Adapters and models in the formats of others: read, written, converted, combined."""

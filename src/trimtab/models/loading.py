@@ -177,6 +177,12 @@ def outline(source: str | Path, *, progress: Callable[[str], None] | None = None
     return model
 
 
+def directory_of(source: str | Path) -> Path | None:
+    """Where the files of a model are: a directory, a starter's, or the hub's local copy; None if that is not known."""
+    location, directory = _locate(source, None)
+    return directory if directory is not None else _hub_directory(location)
+
+
 def check_directory(directory: str | Path, *, task: str = "causal") -> None:
     """Raises one `UserError` naming everything that keeps `directory` from being a loadable model."""
     directory = Path(directory)

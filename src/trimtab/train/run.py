@@ -174,8 +174,10 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         record["after"] = job.measure()
         tell.evaluated("after", record["after"])
     notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
+    notes |= {"dtype": record["model"]["dtype"]}
     prompt = wording(job.model, job.tokenizer)
     notes |= {"prompt": prompt} if prompt is not None else {}
+    notes |= {"context": recipe.context} if recipe.context is not None else {}
     save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)
     heldout = [(0, record["before"]["loss"])]
     heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]

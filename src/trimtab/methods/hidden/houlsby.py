@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.activation import activated, check_activation
 from trimtab.core.method import HiddenMethod
 from trimtab.core.site import Base, Site
 
@@ -19,8 +20,8 @@ class Houlsby(HiddenMethod):
 
     D (bottleneck, width), U (width, bottleneck) ~ truncated N(0, 1e-3²), d and u zero: nearly the identity at first.
     Costs 4·bottleneck·width multiplications per token and site, also at inference: not mergeable.
-    arXiv 1902.00751; the std is the official code's (the paper says 1e-2). The paper also trains the layer norms: put
-    `LNTuning()` beside it.
+    arXiv 1902.00751; the std is the official code's (the paper says 1e-2). `activation` may be relu or silu instead, as
+    AdapterHub has it. The paper also trains the layer norms: put `LNTuning()` beside it.
     """
 
     paper: ClassVar[str] = "1902.00751"
@@ -32,6 +33,10 @@ class Houlsby(HiddenMethod):
     }
 
     bottleneck: int = 64
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        check_activation(self, self.activation)
 
     def init(self, site: Site) -> dict[str, Any]:
         d, m = site.out_features, self.bottleneck
@@ -51,4 +56,4 @@ class Houlsby(HiddenMethod):
 
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
         h = base(x)
-        return h + F.linear(F.gelu(F.linear(h, p.D, p.d)), p.U, p.u)
+        return h + F.linear(activated(self.activation, F.linear(h, p.D, p.d)), p.U, p.u)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.activation import activated, check_activation
 from trimtab.core.method import HiddenMethod
 from trimtab.core.site import Base, Site
 
@@ -21,8 +22,9 @@ class Pfeiffer(HiddenMethod):
     (pre-norm: Llama) N is the identity and s the output of the block. The skip is s itself, from before the norm.
     D (bottleneck, width), U (width, bottleneck) ~ N(0, 0.02²), d and u zero: nearly the identity at first.
     Costs 4·bottleneck·width multiplications per token and layer, also at inference: not mergeable.
-    arXiv 2005.00247; it takes width / 16 as the bottleneck. In a model that scales a sub-layer's output before the
-    addition (Granite) the adapter is not scaled. "Pfeiffer" in Compacter's code, behind the attention, is another.
+    arXiv 2005.00247; it takes width / 16 as the bottleneck. `activation` may be gelu or silu instead of ReLU. In a
+    model that scales a sub-layer's output before the addition (Granite) the adapter is not scaled. "Pfeiffer" in
+    Compacter's code, behind the attention, is another.
     """
 
     paper: ClassVar[str] = "2005.00247"
@@ -34,6 +36,10 @@ class Pfeiffer(HiddenMethod):
     }
 
     bottleneck: int = 48
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        check_activation(self, self.activation)
 
     def init(self, site: Site) -> dict[str, Any]:
         n, m = site.out_features, self.bottleneck
@@ -50,5 +56,5 @@ class Pfeiffer(HiddenMethod):
 
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
         z = base(x)
-        change = F.linear(F.relu(F.linear(z, p.D, p.d)), p.U, p.u)
+        change = F.linear(activated(self.activation, F.linear(z, p.D, p.d)), p.U, p.u)
         return base(x + change) if hasattr(p, "behind_norm") else z + change

@@ -18,8 +18,9 @@ from trimtab.core.site import Site
 class FourierFT(WeightMethod):
     """W' = W + alpha·Re(ifft2(F)), with F (out, in) zero but for a few random places, which hold the trained c.
 
-    c (coefficients) = 0; sites of one shape share the places, drawn once. Costs one inverse transform of the weight's
-    size per step, in fp32; nothing after merging. Mergeable.
+    c (coefficients) = 0; sites of one shape share the places, drawn once from `entry_seed`, so that a file of PEFT,
+    which keeps the seed alone, says as much. Costs one inverse transform of the weight's size per step, in fp32;
+    nothing after merging. Mergeable.
     arXiv 2405.03003, which starts c ~ N(0, 1); zero is exactly the pretrained model and has the same gradient, since
     the update is linear in c.
     """
@@ -30,6 +31,7 @@ class FourierFT(WeightMethod):
 
     coefficients: int = 1000
     alpha: float = 150.0
+    entry_seed: int = 777
 
     def __post_init__(self) -> None:
         if self.coefficients < 1 or self.alpha <= 0:
@@ -39,7 +41,15 @@ class FourierFT(WeightMethod):
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Any]:
         shapes = dict.fromkeys((site.out_features, site.in_features) for site in sites)
-        return {f"places_{out}_{into}": torch.randperm(out * into)[: self.coefficients] for out, into in shapes}
+        meta = sites[0].base.weight.is_meta
+        return {f"places_{out}_{into}": self.places(out * into, meta) for out, into in shapes}
+
+    def places(self, size: int, meta: bool) -> Tensor:
+        """Flat places in a spectrum of this size."""
+        if meta:
+            return torch.empty(min(self.coefficients, size), dtype=torch.long)
+        drawn = torch.Generator().manual_seed(self.entry_seed)
+        return torch.randperm(size, generator=drawn, device="cpu")[: self.coefficients]
 
     def init(self, site: Site) -> dict[str, Any]:
         return {"c": nn.Parameter(torch.zeros(self.count(site)))}
