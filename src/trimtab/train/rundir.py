@@ -138,6 +138,12 @@ def new_directory(recipe: Recipe) -> Path:
     return writable(Path("runs") / f"{stem}-{number}")
 
 
+def is_restarted(recipe: Recipe) -> bool:
+    """Whether torchrun has started this run again after a process was lost, and it had got as far as its directory."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and bool(recipe.output) and (Path(recipe.output or "") / RECORD).is_file()
+
+
 def writable(target: Path) -> Path:
     """A directory that can be made and written to: said before any work is done."""
     above = next(one for one in (target, *target.absolute().parents) if one.exists())

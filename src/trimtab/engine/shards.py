@@ -1,0 +1,63 @@
+"""Frozen weights spread over the processes by torch's FSDP2, block by block; what trains is whole in each of them.
+
+A block's weights are gathered when it runs and dropped again after it, forward and backward; quantized codes travel as
+they are. Adapters are small: whole in every process, they train as in one, whatever the method and the optimizer, and
+are saved as one file by any of them. The memory of a process is its share of the base, one block, and the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from trimtab.core.attach import SHARED
+from trimtab.core.delta import Delta
+from trimtab.core.errors import UserError
+from trimtab.engine.checkpointing import stacks_of
+from trimtab.engine.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard(model: nn.Module, way: str, device: torch.device, ranks: Ranks) -> None:
+    """Spread the frozen parameters of a model, in place: `full` over all processes, `hybrid` over those of a machine.
+
+    `hybrid` keeps a copy of the base on every machine, so only gradients go between machines.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, own = mesh_of(way, device, ranks), set(kept_whole(model))
+    for parameter in own:
+        parameter.data = parameter.data.to(device)
+    for blocks in stacks_of(model):
+        for block in blocks:
+            fully_shard(block, mesh=mesh, ignored_params=own)
+    fully_shard(model, mesh=mesh, ignored_params=own, reshard_after_forward=False)
+
+
+def kept_whole(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that every process keeps whole: what trains, the rest of the adapters, and single numbers."""
+    for path, module in model.named_modules():
+        if isinstance(module, Delta) or path == SHARED:
+            yield from module.parameters()
+    yield from (one for one in model.parameters() if one.requires_grad or one.ndim == 0)
+
+
+def mesh_of(way: str, device: torch.device, ranks: Ranks) -> DeviceMesh:
+    """The processes in a row, or in rows of one machine each."""
+    import torch.distributed as dist
+
+    if way == "full":
+        return dist.init_device_mesh(device.type, (ranks.size,), mesh_dim_names=("shard",))
+    if ranks.size % ranks.local_size:
+        raise UserError(
+            f"shard: hybrid needs as many processes on every machine, and {ranks.size} are not rows of "
+            f"{ranks.local_size}",
+            fix="shard: full",
+        )
+    shape: Any = (ranks.size // ranks.local_size, ranks.local_size)
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shard"))
