@@ -205,11 +205,16 @@ def joined(device: str = "auto", timeout: float = 600.0) -> Iterator[Ranks]:
         if not own:
             connect(where, timeout)
         yield Group(where)
+    except (UserError, Elsewhere, KeyboardInterrupt):
+        if not own and where.type == "cpu":  # NCCL's own ending may wait for a process that is gone
+            dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if isinstance(error, NotImplementedError) or not any(word in str(error).lower() for word in LOST):
             raise
+        silent = "time" in str(error).lower()
         raise Lost(
-            f"another process of this run has ended, or has not answered for {timeout:g} s",
+            f"another process of this run has {f'not answered for {timeout:g} s' if silent else 'ended'}",
             fix="its own message says why; `trimtab tune --resume RUN_DIR`, with as many processes or others, goes on",
         ) from None
     if not own:
@@ -227,7 +232,11 @@ def connect(device: torch.device, timeout: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    wait = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+    # torchrun's store outlives a restart; without a part of its own, a new process finds the addresses of dead ones
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 def device_of(name: str) -> torch.device:

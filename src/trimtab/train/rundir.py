@@ -123,7 +123,7 @@ def new_directory(recipe: Recipe) -> Path:
     """The directory of a new run: the one asked for, which must be empty or absent, or a numbered one under runs/."""
     if recipe.output:
         target = Path(recipe.output)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if target.exists() and (not target.is_dir() or any(map(is_complete, target.iterdir()))):
             stopped = target.is_dir() and (target / RECORD).is_file() and not (target / ADAPTER).exists()
             fix = f"trimtab tune --resume {target} goes on with it, or choose another --output"
             raise UserError(
@@ -136,6 +136,11 @@ def new_directory(recipe: Recipe) -> Path:
     while (Path("runs") / f"{stem}-{number}").exists():
         number += 1
     return writable(Path("runs") / f"{stem}-{number}")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a file is more than what a killed process left of one it was writing."""
+    return not (path.name.startswith(".") and path.suffix == ".partial")
 
 
 def is_restarted(recipe: Recipe) -> bool:
