@@ -1,4 +1,4 @@
-"""`trimtab tune --nproc N`: torchrun's own agent starts the same command N times on this machine; one answer comes back."""
+"""`trimtab tune --nproc N`: torchrun's own agent starts the command N times on this machine; one answer comes back."""
 
 from __future__ import annotations
 

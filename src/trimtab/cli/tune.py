@@ -239,7 +239,9 @@ def merged(recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 @click.option("--resume", metavar="RUN_DIR", help="Go on with a run that was stopped or killed.")
 @click.option("--find-lr", is_flag=True, help="Only try learning rates, on the first batches, and say which suits.")
 @click.option("--nproc", type=click.IntRange(1), metavar="NUMBER", help="Train in so many processes on this machine.")
-@click.option("--restarts", type=click.IntRange(0), metavar="NUMBER", help="Go on so often after the loss of a process.")
+@click.option(
+    "--restarts", type=click.IntRange(0), metavar="NUMBER", help="Go on so often after the loss of a process."
+)
 @click.pass_context
 def command(
     ctx: click.Context, recipe: str | None, resume: str | None, find_lr: bool, nproc: int | None, restarts: int | None

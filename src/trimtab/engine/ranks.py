@@ -1,7 +1,7 @@
 """The processes of one run, and what they have to tell each other.
 
-A run alone is `ALONE`, whose answers are its own: nothing of torch's distributed package is touched then. Under torchrun
-every process runs the same loop on rows of its own; trained tensors are whole in each, and their gradients are summed
+A run alone is `ALONE`, whose answers are its own: nothing of torch's distributed package is touched then. Else every
+process runs the same loop on rows of its own; trained tensors are whole in each, and their gradients are summed
 once a step, however many rows a process had. The first process alone writes and prints.
 """
 
@@ -39,6 +39,7 @@ class Ranks:
     rank = 0
     size = 1
     local_size = 1
+    device = torch.device("cpu")
 
     @property
     def first(self) -> bool:
@@ -172,7 +173,8 @@ def buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     for grad in grads:
         by_type.setdefault(grad.dtype, []).append(grad)
     for same in by_type.values():
-        bucket, size = [], 0
+        bucket: list[Tensor] = []
+        size = 0
         for grad in same:
             if bucket and size + grad.numel() > BUCKET:
                 yield bucket

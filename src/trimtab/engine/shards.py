@@ -12,21 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from trimtab.core.attach import SHARED
 from trimtab.core.delta import Delta
 from trimtab.core.errors import UserError
+from trimtab.core.quantized import Code, quantized_modules
+from trimtab.core.site import is_conv1d
 from trimtab.engine.checkpointing import stacks_of
 from trimtab.engine.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from trimtab.models.slices import Slices
 
-def shard(model: nn.Module, way: str, device: torch.device, ranks: Ranks) -> None:
+
+def shard(model: nn.Module, way: str, device: torch.device, ranks: Ranks, slices: Slices | None = None) -> None:
     """Spread the frozen parameters of a model, in place: `full` over all processes, `hybrid` over those of a machine.
 
-    `hybrid` keeps a copy of the base on every machine, so only gradients go between machines.
+    `hybrid` keeps a copy of the base on every machine, so only gradients go between machines. A model on the meta
+    device gets its weights now, from `slices`: each process reads the rows it keeps. A weight that is quantized is read
+    whole, one at a time, encoded, and cut.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -37,6 +44,38 @@ def shard(model: nn.Module, way: str, device: torch.device, ranks: Ranks) -> Non
         for block in blocks:
             fully_shard(block, mesh=mesh, ignored_params=own)
     fully_shard(model, mesh=mesh, ignored_params=own, reshard_after_forward=False)
+    if slices is not None:
+        model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+        fill(model, slices)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, slices: Slices) -> None:
+    """Read this process's part of every frozen parameter."""
+    codes: dict[str, Any] = {path: module._modules["code"] for path, module in quantized_modules(model)}
+    inside = tuple(f"{path}.code." for path in codes)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and not name.startswith(inside):
+            local = parameter.to_local()
+            local.copy_(slices.read(name, *rows_of(parameter)))
+    for path, code in codes.items():
+        W = slices.read(f"{path}.weight")
+        made = Code.of(W.mT if is_conv1d(model.get_submodule(path)) else W, code.format)
+        for key, whole in made.tensors().items():
+            kept = code._parameters[key]
+            if isinstance(kept, DTensor):
+                start, stop = rows_of(kept)
+                kept.to_local().copy_(whole[start:stop])
+            else:
+                kept.copy_(whole)
+
+
+def rows_of(parameter: DTensor) -> tuple[int, int]:
+    """The rows of a sharded parameter that are this process's."""
+    mesh = parameter.device_mesh
+    chunk = -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
+    start = min(mesh.get_local_rank(mesh.ndim - 1) * chunk, parameter.shape[0])
+    return start, min(start + chunk, parameter.shape[0])
 
 
 def kept_whole(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -99,7 +99,8 @@ class Recipe:
     device: str = option("auto", "auto, cpu, cuda or mps.", "training")
     threads: int | None = option(None, "CPU threads; default: torch's own choice.", "training")
     shard: str = option(
-        "none", "Frozen weights under torchrun: whole in each process (none), spread (full), or per machine (hybrid).",
+        "none",
+        "Frozen weights under torchrun: whole in each process (none), spread (full), or per machine (hybrid).",
         "training",
     )
     timeout: float = option(600.0, "Seconds after which a process that does not answer is an error.", "training")

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -49,6 +49,9 @@ from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
 from trimtab.train.updates import Point, Updates, refuse, rule_of, schedule_of
+
+if TYPE_CHECKING:
+    from trimtab.models.slices import Slices
 
 MEASURED_ROWS = 256
 SECONDS_BETWEEN = 60.0
@@ -94,6 +97,7 @@ class Job:
     record: dict[str, Any]
     tokenizer: Any = None
     ranks: Ranks = ALONE
+    slices: Slices | None = None
 
     @property
     def sharded(self) -> bool:
@@ -101,7 +105,7 @@ class Job:
         return self.recipe.shard != "none"
 
     def passes(self, rows: Sequence[int]) -> list[tuple[Batch, int]]:
-        """The batches that this process runs in a step over these rows, each with 1; with 0 what only keeps others company."""
+        """The batches that this process runs in a step over these rows, each with 1; with 0 one that does not count."""
         size, every = self.recipe.batch_size, [list(rows)]
         if self.ranks.size > 1:
             own = shares([self.train_rows[row] for row in rows], self.ranks.size, common=self.packing == "shared")
@@ -141,9 +145,7 @@ class Job:
         """The held-out measures of the model as it is."""
         size = self.recipe.batch_size
         rows, ranks = self.heldout_rows, self.ranks
-        return evaluate(
-            self.model, rows, self.task, self.pad_id, batch_size=size, together=self.together, ranks=ranks
-        )
+        return evaluate(self.model, rows, self.task, self.pad_id, batch_size=size, together=self.together, ranks=ranks)
 
 
 def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
@@ -205,7 +207,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         with ranks.agreeing():
             from trimtab.engine.shards import shard
 
-            shard(job.model, recipe.shard, job.device, ranks)
+            shard(job.model, recipe.shard, job.device, ranks, job.slices)
     with job.running():
         if "before" not in record:
             tell.stage("measuring the untuned model")
@@ -412,13 +414,18 @@ def prepare(
 
     tell.stage("loading model")
     labels = label_names(train_examples) if task == "classify" else None
+    slices = None
+    if loaded is None and ranks.size > 1 and recipe.shard != "none" and task == "causal":
+        loaded, slices = hollow_of(recipe, method, ranks) or (None, None)
+        if slices is None:
+            tell.note("every process loads the whole base first, and keeps its part: the start or the files need it")
     if loaded is None:
         loaded = load_model(
             recipe.model,
             task=task,
             labels=labels,
             dtype=recipe.dtype,
-            device=recipe.device,
+            device=recipe.device if recipe.shard == "none" else "cpu",
             head_seed=recipe.seed,
             context=recipe.context,
         )
@@ -438,7 +445,8 @@ def prepare(
     statistics = measured(model, parts, train_rows, task, pad_id, tell)
     masters = torch.float32 if loaded.dtype in (torch.bfloat16, torch.float16) else None
     quantize = format if together else None
-    attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics, quantize=quantize)
+    made_on = ranks.device if slices is not None else None
+    attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics, quantize=quantize, device=made_on)
     if format is not None and together:
         rundir.quantize_left(model, format)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -501,7 +509,7 @@ def prepare(
         recipe=recipe,
         directory=directory,
         model=model,
-        device=loaded.device,
+        device=loaded.device if recipe.shard == "none" else ranks.device,
         task=task,
         train_rows=train_rows,
         heldout_rows=heldout_rows,
@@ -516,7 +524,34 @@ def prepare(
         record=record,
         tokenizer=loaded.tokenizer,
         ranks=ranks,
+        slices=slices,
     )
+
+
+def hollow_of(recipe: Recipe, method: Any, ranks: Ranks) -> tuple[Loaded, Slices] | None:
+    """The model of a recipe without its weights, and where they are; None where the method's start has to see them."""
+    from trimtab.models.slices import hollow
+
+    found = hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context)
+    if found is None:
+        return None
+    tried, _ = found
+    try:  # on a copy of nothing: the meta device costs no memory
+        parts = [worded(part, tried.tokenizer) for part in placed_parts(method, recipe.where, (), tried.model)]
+        if any(part.method.statistics or part.method.takes_out for part in parts):
+            return None
+        attach(tried.model, parts, seed=recipe.seed, device=ranks.device)
+        blind = not any(
+            one.is_meta for delta in tried.model.modules() if isinstance(delta, Delta) for one in held(delta)
+        )
+    except (RuntimeError, NotImplementedError):
+        return None
+    return hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context) if blind else None
+
+
+def held(module: nn.Module) -> list[torch.Tensor]:
+    """Every tensor of a module."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def task_of(recipe: Recipe, form: str, target: str | None) -> str:
