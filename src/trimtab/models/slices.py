@@ -77,7 +77,7 @@ def fill_buffers(model: nn.Module) -> bool:
     """Give modules without weights (rotary positions) the tensors that their configuration makes; whether all have."""
     for _, module in hollow_buffers(model):
         try:
-            made = type(module)(module.config)  # type: ignore[arg-type]
+            made = type(module)(module.config)
         except (TypeError, AttributeError):
             return False
         module._buffers.update(made._buffers)

@@ -541,17 +541,11 @@ def hollow_of(recipe: Recipe, method: Any, ranks: Ranks) -> tuple[Loaded, Slices
         if any(part.method.statistics or part.method.takes_out for part in parts):
             return None
         attach(tried.model, parts, seed=recipe.seed, device=ranks.device)
-        blind = not any(
-            one.is_meta for delta in tried.model.modules() if isinstance(delta, Delta) for one in held(delta)
-        )
+        deltas = [module for module in tried.model.modules() if isinstance(module, Delta)]
+        blind = not any(one.is_meta for delta in deltas for one in (*delta.parameters(), *delta.buffers()))
     except (RuntimeError, NotImplementedError):
         return None
     return hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context) if blind else None
-
-
-def held(module: nn.Module) -> list[torch.Tensor]:
-    """Every tensor of a module."""
-    return [*module.parameters(), *module.buffers()]
 
 
 def task_of(recipe: Recipe, form: str, target: str | None) -> str:
