@@ -132,9 +132,9 @@ class Point:
         return any("distributed" in one.laws or name_of(type(one)) == "auto_prompt" for one in self.methods)
 
     def trains_most(self) -> bool:
-        """Whether more trains than is frozen, of what is worth spreading."""
+        """Whether what trains is more than half of what is frozen."""
         trained = sum(parameter.numel() for _, parameter in self.trained)
-        return 2 * trained > sum(parameter.numel() for parameter in self.model.parameters())
+        return 3 * trained > sum(parameter.numel() for parameter in self.model.parameters())
 
     def acts_after_steps(self) -> bool:
         """Whether a method has a penalty, or changes its tensors after a step."""
