@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tests.cli.conftest import WORDS, save_model, write_rows
 from tests.train.processes import Asked, copied, together
 
+from trimtab import laws
+from trimtab.core.errors import UserError
 from trimtab.core.save import read_record
 from trimtab.data.encode import Encoded
 from trimtab.data.shares import shares
@@ -35,15 +37,22 @@ LONG: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3, "evaluate_every": 10
 RUNS: dict[str, dict[str, Any]] = {
     "step": STEP,
     "step-nf4": {**STEP, "quantize": "nf4"},
-    "step-padded": {**STEP, "packing": "off", "batch_size": 2, "accumulation": 3},
     "long": LONG,
-    "long-nf4": {**LONG, "quantize": "nf4-double", "batch_size": 3, "accumulation": 2},
     "one-row": {**LONG, "steps": 3, "batch_size": 1},
     "pissa": {**STEP, "method": "pissa"},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "step-padded": {**STEP, "packing": "off", "batch_size": 2, "accumulation": 3},
+    "long-nf4": {**LONG, "quantize": "nf4-double", "batch_size": 3, "accumulation": 2},
     "adalora": {**LONG, "method": "adalora"},
     "galore": {**LONG, "optimizer": "galore", "optimizer_rank": 2, "steps": 5},
+    "apollo": {**LONG, "optimizer": "apollo", "optimizer_rank": 2, "steps": 5},
+    "paged": {**LONG, "optimizer": "paged", "steps": 5},
     "lisa": {**LONG, "active": "lisa", "active_layers": 1, "active_every": 3, "steps": 8, "optimizer": "adam8"},
+    "badam": {**LONG, "active": "badam", "active_every": 3, "steps": 8},
+    "diff-pruning": {**LONG, "method": "diff_pruning", "where": "q", "steps": 8},
 }
+"""What takes longer: methods, optimizers and schedules with state."""
 WAYS: dict[str, dict[str, Any]] = {"whole": {}, "spread": {"shard": "full", "checkpointing": "block"}}
 BOUNDS = {"step": 1e-6, "pissa": 1e-6}
 """How far the adapter may be from one process's, after one step and after many."""
@@ -67,12 +76,16 @@ def base(folder: Path) -> dict[str, Any]:
     return values | {"device": "cpu", "dtype": "float32", "save_every": 0}
 
 
+def run_alone(base: dict[str, Any], runs: dict[str, dict[str, Any]], folder: Path) -> Path:
+    for name, values in runs.items():
+        tune(replace(recipe_from(taken(base, values)), output=str(folder / name)))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def alone(base: dict[str, Any], folder: Path) -> Path:
     """Every run in one process, in `folder/alone`."""
-    for name, values in RUNS.items():
-        tune(replace(recipe_from(taken(base, values)), output=str(folder / "alone" / name)))
-    return folder / "alone"
+    return run_alone(base, RUNS, folder / "alone")
 
 
 def taken(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -82,11 +95,7 @@ def taken(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def told(base: dict[str, Any], folder: Path) -> dict[str, list[str]]:
     """What both processes ended with, of all runs and faults; run directories in `folder`."""
-    jobs = {
-        f"{name}-{way}": Asked(taken(base, {**values, **more}))
-        for name, values in RUNS.items()
-        for way, more in WAYS.items()
-    }
+    jobs = both_ways(base, RUNS)
     stopped = {**base, **LONG, "save_every": 5}
     jobs["stopped"] = Asked(stopped, fault="signal:7")
     jobs["disk"] = Asked({**base, **LONG, "save_every": 5}, fault="disk:10")
@@ -98,6 +107,14 @@ def told(base: dict[str, Any], folder: Path) -> dict[str, list[str]]:
     found = together(jobs, folder)
     copied(folder / "stopped", folder / "stopped-alone")
     return found
+
+
+def both_ways(base: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str, Asked]:
+    return {
+        f"{name}-{way}": Asked(taken(base, {**values, **more}))
+        for name, values in runs.items()
+        for way, more in WAYS.items()
+    }
 
 
 def adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -193,3 +210,41 @@ def test_one_process_touches_nothing_of_it(
         monkeypatch.delattr(torch.distributed, name)
     tune(replace(recipe_from({**base, "steps": 2, "save_every": 1}), output=str(tmp_path / "run")))
     assert "trimtab.engine.shards" not in sys.modules
+
+
+@pytest.mark.slow
+def test_methods_and_updates_with_state_train_as_alone(base: dict[str, Any], tmp_path: Path) -> None:
+    run_alone(base, MORE, tmp_path / "alone")
+    told = together(both_ways(base, MORE), tmp_path)
+    assert told == {name: ["done", "done"] for name in told}
+    for name in MORE:
+        bound = 1e-6 if name.startswith("step") else 1e-5
+        far = {way: apart(tmp_path / f"{name}-{way}", tmp_path / "alone" / name) for way in WAYS}
+        assert max(far.values()) <= bound, (name, far)
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """The settings of a small method as a recipe holds them; what is no plain value keeps its default."""
+    return {key: value for key, value in vars(method).items() if isinstance(value, int | float | str)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_every_method_has_the_gradients_of_one_process(
+    quantize: str | None, base: dict[str, Any], tmp_path: Path
+) -> None:
+    runs, alone = {}, tmp_path / "alone"
+    for name, method in laws.registered().items():
+        values = {**STEP, "method": name, "settings": settings_of(method), "quantize": quantize, "batch_size": 4}
+        try:
+            run_alone(base, {name: values}, alone)
+        except UserError:
+            continue  # not for this model, or not on codes
+        runs[name] = values
+    told = together(both_ways(base, runs), tmp_path)
+    assert len(runs) > 40
+    refused = {name for name, words in told.items() if words != ["done", "done"]}
+    assert all("recipe: several processes" in told[name][0] or "recipe: shard" in told[name][0] for name in refused)
+    assert {name for name in refused if name.endswith("whole")} == {"auto_prompt-whole", "lora_drop-whole"}
+    far = {name: apart(tmp_path / name, alone / name.rpartition("-")[0]) for name in told if name not in refused}
+    assert {name: one for name, one in far.items() if not one <= 1e-6} == {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trimtab.models import loading
 from trimtab.models.loading import DTYPES, TASKS, Loaded
@@ -92,3 +93,18 @@ def hollow_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
             yield name, module
+
+
+class Looks(TorchFunctionMode):
+    """Within it, `seen` tells whether anything was asked of a tensor without memory but its shape and type."""
+
+    seen = False
+    PLAIN = ("shape", "dtype", "device", "ndim", "requires_grad", "grad_fn", "is_leaf", "layout", "_backward_hooks")
+    CALLS = ("size", "dim", "numel", "is_floating_point", "requires_grad_", "__len__", "__hash__")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            hollow = any(isinstance(one, Tensor) and one.is_meta for one in (*args, *(kwargs or {}).values()))
+        owner = getattr(getattr(func, "__self__", None), "__name__", "")
+        self.seen |= hollow and owner not in self.PLAIN and getattr(func, "__name__", "") not in self.CALLS
+        return func(*args, **(kwargs or {}))

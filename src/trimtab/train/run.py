@@ -530,22 +530,25 @@ def prepare(
 
 def hollow_of(recipe: Recipe, method: Any, ranks: Ranks) -> tuple[Loaded, Slices] | None:
     """The model of a recipe without its weights, and where they are; None where the method's start has to see them."""
-    from trimtab.models.slices import hollow
+    from trimtab.models.slices import Looks, hollow
 
     found = hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context)
     if found is None:
         return None
     tried, _ = found
-    try:  # on a copy of nothing: the meta device costs no memory
+    try:  # on a model of its own, which costs no memory
         parts = [worded(part, tried.tokenizer) for part in placed_parts(method, recipe.where, (), tried.model)]
         if any(part.method.statistics or part.method.takes_out for part in parts):
             return None
-        attach(tried.model, parts, seed=recipe.seed, device=ranks.device)
-        deltas = [module for module in tried.model.modules() if isinstance(module, Delta)]
-        blind = not any(one.is_meta for delta in deltas for one in (*delta.parameters(), *delta.buffers()))
+        with Looks() as looks:
+            attach(tried.model, parts, seed=recipe.seed, device=ranks.device)
     except (RuntimeError, NotImplementedError):
         return None
-    return hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context) if blind else None
+    return (
+        hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context)
+        if not looks.seen
+        else None
+    )
 
 
 def task_of(recipe: Recipe, form: str, target: str | None) -> str:

@@ -132,7 +132,7 @@ class Point:
         return any("distributed" in one.laws or name_of(type(one)) == "auto_prompt" for one in self.methods)
 
     def trains_most(self) -> bool:
-        """Whether what trains is more than half of what is frozen."""
+        """Whether more than half as much trains as is frozen."""
         trained = sum(parameter.numel() for _, parameter in self.trained)
         return 3 * trained > sum(parameter.numel() for parameter in self.model.parameters())
 
