@@ -37,6 +37,8 @@ def shard(model: nn.Module, way: str, device: torch.device, ranks: Ranks, slices
     """
     from torch.distributed.fsdp import fully_shard
 
+    if device.type == "cpu":
+        give_memory_back()
     mesh, own = mesh_of(way, device, ranks), set(kept_whole(model))
     for parameter in own:
         parameter.data = parameter.data.to(device)
@@ -47,6 +49,7 @@ def shard(model: nn.Module, way: str, device: torch.device, ranks: Ranks, slices
     if slices is not None:
         model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
         fill(model, slices)
+        slices.close()
 
 
 @torch.no_grad()
@@ -100,3 +103,12 @@ def mesh_of(way: str, device: torch.device, ranks: Ranks) -> DeviceMesh:
         )
     shape: Any = (ranks.size // ranks.local_size, ranks.local_size)
     return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shard"))
+
+
+def give_memory_back() -> None:
+    """Have the C library return gathered weights to the system at once, not keep them for later; where it is glibc."""
+    import ctypes
+    import sys
+
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD

@@ -33,6 +33,10 @@ class Slices:
         opened = [safe_open(file, framework="pt") for file in self.files]
         return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
+    def close(self) -> None:
+        """Let go of the files, whose pages count as this process's memory."""
+        self.__dict__.pop("places", None)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop of a tensor; nothing else of it is read."""
         found: Tensor = self.places[name].get_slice(name)[start:stop]
