@@ -248,3 +248,15 @@ def test_each_rule_can_fail(
     (tmp_path / "methods" / "weight" / "wrong.py").write_text(text, encoding="utf-8")
     with pytest.raises(AssertionError, match=r"wrong\.py"):
         rule(*argument)
+
+
+def test_one_process_imports_nothing_for_several() -> None:
+    """What spreads a model over processes is imported when it is asked for, and nothing else of torch's package is."""
+    own = {"trimtab.engine.shards"}
+    found = []
+    for path in files():
+        for line, module in imported(path, at_import_time(tree(path))):
+            distributed = module.startswith("torch.distributed") and module_of(path) not in own
+            if distributed or any(module.startswith(one) for one in own):
+                found.append(at(path, line, f"imports {module}"))
+    none(found)

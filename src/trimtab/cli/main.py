@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from trimtab import __version__
+from trimtab.cli.launch import is_other_rank, last_words
 from trimtab.cli.verb import INTERRUPTED, USER_ERROR, emit
 from trimtab.core.errors import UserError, listing, nearest
 
@@ -88,14 +89,18 @@ class Root(click.Group):
                 color=color,
             )
         except UserError as error:
-            sys.exit(complain(error.message, error.fix, machine))
+            sys.exit(complain(error.message, error.fix, machine, lost=type(error).__name__ == "Lost"))
         except click.UsageError as error:
             where = f"{error.ctx.command_path} --help" if error.ctx is not None else "trimtab --help"
             sys.exit(complain(error.format_message(), where, machine))
         except click.ClickException as error:
             sys.exit(complain(error.format_message(), None, machine))
         except (click.Abort, KeyboardInterrupt) as stop:
-            click.echo(str(stop) or "interrupted", err=True)
+            if is_other_rank():
+                sys.exit(0)  # the first process says how it ended, and must not be torn down before
+            told = str(stop) or str(stop.__cause__ or "") or "interrupted"  # click wraps what interrupts in an Abort
+            if not last_words(told, None, INTERRUPTED):
+                click.echo(told, err=True)
             sys.exit(INTERRUPTED)
         except OSError as error:
             if error.errno in DENIED and error.filename:
@@ -105,13 +110,19 @@ class Root(click.Group):
                 sys.exit(confess())
             name = f" while writing {error.filename}" if error.filename else ""
             sys.exit(complain(f"the disk is full{name}", "free some space, or write to another disk", machine))
-        except Exception:
-            sys.exit(confess())
+        except Exception as error:
+            # one that is told elsewhere: torchrun ends the others at the first failure, before it is told perhaps
+            sys.exit(0 if type(error).__name__ == "Elsewhere" else confess())
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def complain(message: str, fix: str | None, machine: bool) -> int:
-    """Print an error that the user can mend, as text or as JSON; returns the exit code."""
+def complain(message: str, fix: str | None, machine: bool, *, lost: bool = False) -> int:
+    """Print an error that the user can mend, as text or as JSON; returns the exit code.
+
+    Of several processes one tells an error: the one that has it, or the first where another is `lost`.
+    """
+    if last_words(message, fix, lost=lost) or (lost and is_other_rank()):
+        return USER_ERROR
     if machine:
         emit({"error": message, "fix": fix})
     else:

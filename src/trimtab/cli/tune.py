@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trimtab.cli.launch import is_other_rank, launch, without_own
 from trimtab.cli.verb import Verb, columns, duration, figure, heading, say, share, size
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.train.recipe import (
@@ -34,6 +36,8 @@ GROUPS = {"what": "What", "data": "Data", "training": "Training"}
 RECIPE_ENDINGS = (".yaml", ".yml")
 BARE = ("checkpointing", *(alias for alias, name in ALIASES.items() if name == "checkpointing"))
 """Flags that may stand without a value."""
+ARGUMENTS = "trimtab.arguments"
+"""Where the context keeps the command line as it was given."""
 FLAGS = "trimtab.flags"
 """Where the context keeps the values of the flags, which are too many to be arguments of a function."""
 
@@ -72,6 +76,7 @@ class Tune(Verb):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = [dashes(argument) for argument in args]
+        ctx.meta[ARGUMENTS] = list(args)
         asked_for_help = any(name in args for name in ctx.help_option_names)
         method = name_in(args)
         self.chosen = method or (None if asked_for_help else Recipe.method)
@@ -233,14 +238,21 @@ def merged(recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 @click.argument("recipe", required=False, metavar="[RECIPE.yaml]")
 @click.option("--resume", metavar="RUN_DIR", help="Go on with a run that was stopped or killed.")
 @click.option("--find-lr", is_flag=True, help="Only try learning rates, on the first batches, and say which suits.")
+@click.option("--nproc", type=click.IntRange(1), metavar="NUMBER", help="Train in so many processes on this machine.")
+@click.option(
+    "--restarts", type=click.IntRange(0), metavar="NUMBER", help="Go on so often after the loss of a process."
+)
 @click.pass_context
-def command(ctx: click.Context, recipe: str | None, resume: str | None, find_lr: bool) -> dict[str, Any]:
+def command(
+    ctx: click.Context, recipe: str | None, resume: str | None, find_lr: bool, nproc: int | None, restarts: int | None
+) -> dict[str, Any]:
     """Train an adapter from a model and a data file; flags override the recipe file.
 
     \b
         trimtab tune --model smollm2-135m-instruct --data rows.jsonl --method lora --rank 16
         trimtab tune recipe.yaml --learning-rate 2e-4
         trimtab tune --resume runs/smollm2-135m-instruct-lora-1
+        trimtab tune recipe.yaml --nproc 4
     """
     given = [name for name, value in ctx.meta[FLAGS].items() if value is not None]
     if resume and (recipe or given):
@@ -248,11 +260,36 @@ def command(ctx: click.Context, recipe: str | None, resume: str | None, find_lr:
         raise UserError(
             f"--resume takes the recipe of the run; {idle} cannot change it", fix=f"trimtab tune --resume {resume}"
         )
+    if nproc is not None or restarts is not None:
+        in_processes(ctx, recipe, resume, find_lr, nproc or 1, restarts or 0)
     if find_lr:
         return try_rates(recipe_from(merged(recipe, ctx.meta[FLAGS])))
     result = run(Path(resume) if resume else recipe_from(merged(recipe, ctx.meta[FLAGS])))
+    if is_other_rank():
+        ctx.exit(0)
     say("\n" + summary(result))
     return document(result)
+
+
+def in_processes(
+    ctx: click.Context, recipe: str | None, resume: str | None, find_lr: bool, count: int, restarts: int
+) -> None:
+    """Leave the work to several processes; the first of them prints. Returns only for a single one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("--nproc starts processes, and torchrun has started this one", fix="leave --nproc out")
+    if find_lr:
+        raise UserError("--find-lr tries rates in one process", fix="leave --nproc out; the rate holds for any number")
+    if count == 1 and not restarts:
+        return
+    arguments = without_own(ctx.meta[ARGUMENTS])
+    if resume is None:
+        from trimtab.train.rundir import new_directory
+
+        asked = recipe_from(merged(recipe, ctx.meta[FLAGS]))
+        if not asked.output:
+            arguments += ["--output", str(new_directory(asked))]
+    launch(arguments, count, restarts)
+    ctx.exit(0)
 
 
 def run(what: Recipe | Path) -> Result:

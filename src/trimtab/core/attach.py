@@ -59,6 +59,7 @@ def attach(
     dtype: torch.dtype | None = None,
     statistics: Mapping[str, Tensor] | None = None,
     quantize: Format | None = None,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Put a method (or the parts of a preset) on a model, freeze everything else, and return the model.
 
@@ -66,7 +67,8 @@ def attach(
     `name`s stack. The start depends on (seed, site name) only, not on the order of attaching. `dtype` keeps the
     trained tensors in a wider type than the base (fp32 masters under bf16). `statistics` maps site names to what the
     method wants measured first (`trimtab.fisher`). `quantize` stores the linear weights of its sites in a format, each
-    without what a start takes out of it; they stay so after `detach`. Errors: a pattern that matches nothing, a site of
+    without what a start takes out of it; they stay so after `detach`. `device` is where the tensors are made for a
+    model on the meta device, as it is before its weights are read. Errors: a pattern that matches nothing, a site of
     a kind the method does not support, a name in use; nothing is changed then.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -81,7 +83,7 @@ def attach(
     two_ways(model, parts)
     if quantize is not None:
         encode_plain(model, parts, quantize)
-    work = [(part, *prepare(model, state, part, name, seed, dtype, statistics or {})) for part in parts]
+    work = [(part, *prepare(model, state, part, name, seed, dtype, statistics or {}, device)) for part in parts]
     encode_rest(model, [(part, deltas) for part, deltas, _ in work])
     commit(model, state, Adapter(name, seed, parts), work)
     return model
@@ -241,6 +243,7 @@ def prepare(
     seed: int,
     dtype: torch.dtype | None,
     statistics: Mapping[str, Tensor],
+    made_on: torch.device | None = None,
 ) -> tuple[list[Delta], Group | None]:
     """The deltas of one part, drawn but not yet installed."""
     method = part.method
@@ -259,11 +262,13 @@ def prepare(
     deltas = []
     with torch.no_grad():
         kind, device = dtype_and_device(model, part.places[0])
+        device = made_on or device
         with drawing(seed, part.label, device):
             drawn = method.shared(sites)
         group = Group(build(drawn, dtype=dtype or kind, device=device)) if drawn else None
         for site, place in zip(sites, part.places, strict=True):
             kind, device = dtype_and_device(model, place)
+            device = made_on or device
             site.shared = group
             with drawing(seed, site.name, device):
                 tensors = init_at(method, site, place, model)

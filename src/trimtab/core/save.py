@@ -221,11 +221,15 @@ def describe(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
 
 
 def plain_class(model: nn.Module) -> str:
-    """The class a model had before anything was swapped."""
+    """The class a model had before anything was swapped, or sharded: FSDP2 makes a class of its own and the model's."""
     cls: Any = type(model)
-    while "_origin" in vars(cls):
-        cls = cls._origin[0]
-    return cls.__name__
+    while True:
+        if "_origin" in vars(cls):
+            cls = cls._origin[0]
+        elif cls.__bases__[0].__name__ == "FSDPModule":
+            cls = cls.__bases__[1]
+        else:
+            return str(cls.__name__)
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from trimtab.data.batches import batches, collate
 from trimtab.data.encode import Encoded
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
+from trimtab.engine.ranks import ALONE, Ranks
 
 
 @torch.no_grad()
@@ -25,11 +26,12 @@ def evaluate(
     batch_size: int = 8,
     together: Callable[[Sequence[Encoded]], Batch] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Held-out measures over all rows; no logits are kept.
 
     `together` makes one batch of some rows, by default a padded one; packed rows want a model inside
-    `trimtab.engine.faster.running`.
+    `trimtab.engine.faster.running`. Of several `ranks` each measures its part, and all get the whole.
     causal and seq2seq: loss per trained token and perplexity; classify: loss per row and accuracy; regress: mean
     squared error and Pearson correlation.
     """
@@ -40,10 +42,14 @@ def evaluate(
     total, terms, right = 0.0, 0, 0
     pairs: list[tuple[float, float]] = []
     done = 0
-    for group in batches(rows, batch_size, 0, 0, shuffle=False, by_length=True):
+    groups = batches(rows, batch_size, 0, 0, shuffle=False, by_length=True)
+    for at in range(0, len(groups), ranks.size):
+        group = groups[min(at + ranks.rank, len(groups) - 1)]  # all run as many: sharded weights need all of them
         chosen = [rows[index] for index in group]
         batch = on(together(chosen), device)
         summed, outputs = loss_sum(model, batch, task)
+        if at + ranks.rank >= len(groups):
+            continue
         total += float(summed)
         terms += terms_of(batch)
         if task == "classify":
@@ -55,6 +61,8 @@ def evaluate(
         if progress is not None:
             progress(done, len(rows))
     model.train(training)
+    total, terms, right = ranks.total(total), ranks.total(terms), ranks.total(right)
+    pairs = [(x, y) for x, y in ranks.listed(pairs)]
     loss = total / max(1, terms)
     if task in ("causal", "seq2seq"):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": terms}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
 from trimtab.core.save import adapter_tensors, overwrite, write_together
+from trimtab.engine.ranks import ALONE, Ranks
 
 FOLDER, TENSORS, RECORD = "checkpoints", "state.safetensors", "state.json"
 
@@ -70,8 +71,40 @@ def write(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint of a run (None: there is none), and what was wrong with newer ones."""
+def newest(run: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, list[str]]:
+    """The newest intact checkpoint of a run (None: there is none), and what was wrong with newer ones.
+
+    The first process reads it; the others, on other machines perhaps, are handed it.
+    """
+    if ranks.size == 1:
+        return newest_here(run)
+    saved, problems = newest_here(run) if ranks.first else (None, [])
+    found = ranks.told(lambda: [saved and saved.step, saved and saved.counters, problems])
+    blob = ranks.handed(lambda: as_bytes(saved))
+    return None if found[0] is None else Checkpoint(found[0], found[1], from_bytes(blob)), found[2]
+
+
+def as_bytes(saved: Checkpoint | None) -> bytes:
+    """The tensors and numbers of a checkpoint as one block."""
+    from safetensors.torch import save
+
+    held = saved.tensors if saved is not None else {}
+    numbers = {key: value for key, value in held.items() if not isinstance(value, Tensor)}
+    tensors = {key: value.contiguous() for key, value in held.items() if isinstance(value, Tensor)}
+    text = json.dumps(numbers).encode()
+    return len(text).to_bytes(8, "little") + text + save(tensors)
+
+
+def from_bytes(blob: bytes) -> dict[str, Any]:
+    """The inverse of `as_bytes`."""
+    from safetensors.torch import load
+
+    end = 8 + int.from_bytes(blob[:8], "little")
+    return {**json.loads(blob[8:end]), **load(blob[end:])}
+
+
+def newest_here(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """As `newest`, for one process."""
     problems: list[str] = []
     for folder in found(run):
         try:

@@ -98,6 +98,12 @@ class Recipe:
     dtype: str = option("auto", "Floating type of the frozen weights: auto, float32, bfloat16, float16.", "training")
     device: str = option("auto", "auto, cpu, cuda or mps.", "training")
     threads: int | None = option(None, "CPU threads; default: torch's own choice.", "training")
+    shard: str = option(
+        "none",
+        "Frozen weights under torchrun: whole in each process (none), spread (full), or per machine (hybrid).",
+        "training",
+    )
+    timeout: float = option(600.0, "Seconds after which a process that does not answer is an error.", "training")
 
 
 ALIASES = {
@@ -160,6 +166,7 @@ CHOICES = {
     "checkpointing": ("off", "block", "sqrt", "selective", "offload"),
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "shard": ("none", "full", "hybrid"),
 }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,10 +31,12 @@ from trimtab.data.encode import Encoded, EncodedSet, labels_of
 from trimtab.data.forms import Example, detect, examples, split, take
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
+from trimtab.data.shares import shares
 from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES, running
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
+from trimtab.engine.ranks import ALONE, Ranks, joined
 from trimtab.engine.shifted_attention import can_shift, group_for
 from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint, writing_task
@@ -46,6 +49,9 @@ from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
 from trimtab.train.updates import Point, Updates, refuse, rule_of, schedule_of
+
+if TYPE_CHECKING:
+    from trimtab.models.slices import Slices
 
 MEASURED_ROWS = 256
 SECONDS_BETWEEN = 60.0
@@ -92,6 +98,26 @@ class Job:
     steps_per_epoch: int
     record: dict[str, Any]
     tokenizer: Any = None
+    ranks: Ranks = ALONE
+    slices: Slices | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the frozen weights are spread over the processes, which then all run as many passes."""
+        return self.recipe.shard != "none"
+
+    def passes(self, rows: Sequence[int]) -> list[tuple[Batch, int]]:
+        """The batches that this process runs in a step over these rows, each with 1; with 0 one that does not count."""
+        size, every = self.recipe.batch_size, [list(rows)]
+        if self.ranks.size > 1:
+            own = shares([self.train_rows[row] for row in rows], self.ranks.size, common=self.packing == "shared")
+            every = [[rows[at] for at in one] for one in own]
+        mine = every[self.ranks.rank]
+        found = [(self.batch(mine[at : at + size]), 1) for at in range(0, len(mine), size)]
+        if self.sharded:
+            most = max(math.ceil(len(one) / size) for one in every)
+            found += [(self.batch(rows[:1]), 0)] * (most - len(found))
+        return found
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some training rows as one batch, on the model's device."""
@@ -120,7 +146,8 @@ class Job:
     def measure(self) -> dict[str, Any]:
         """The held-out measures of the model as it is."""
         size = self.recipe.batch_size
-        return evaluate(self.model, self.heldout_rows, self.task, self.pad_id, batch_size=size, together=self.together)
+        rows, ranks = self.heldout_rows, self.ranks
+        return evaluate(self.model, rows, self.task, self.pad_id, batch_size=size, together=self.together, ranks=ranks)
 
 
 def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
@@ -129,8 +156,13 @@ def tune(recipe: Recipe, reporter: Reporter | None = None) -> Result:
     Two runs with one recipe on one machine write the same adapter, byte for byte. Bad input raises `UserError` before
     anything is written; Ctrl-C or SIGTERM saves the state and raises `Stopped`, after which `resume` goes on.
     """
-    tell = reporter or Reporter()
-    return carry_out(prepare(recipe, tell), tell)
+    with joined(recipe.device, recipe.timeout) as ranks:
+        tell = reporter if reporter is not None and ranks.first else Reporter()
+        if ranks.told(lambda: rundir.is_restarted(recipe)):
+            return go_on(Path(recipe.output or ""), tell, ranks)
+        with ranks.agreeing():
+            job = prepare(recipe, tell, ranks=ranks)
+        return carry_out(job, tell)
 
 
 def resume(directory: str | Path, reporter: Reporter | None = None) -> Result:
@@ -138,11 +170,24 @@ def resume(directory: str | Path, reporter: Reporter | None = None) -> Result:
 
     Refused when the model, the data, the tokenizer or what is trained is not what the run began with.
     """
-    tell = reporter or Reporter()
+    known = rundir.open_run(directory)
+    with joined(known.recipe.device, known.recipe.timeout) as ranks:
+        return go_on(Path(directory), reporter if reporter is not None and ranks.first else Reporter(), ranks)
+
+
+def go_on(directory: Path, tell: Reporter, ranks: Ranks) -> Result:
+    """Prepare a run anew from its directory, compare it with what it began with, and carry it out."""
+    with ranks.agreeing():
+        job = prepared_again(directory, tell, ranks)
+    return carry_out(job, tell)
+
+
+def prepared_again(directory: Path, tell: Reporter, ranks: Ranks) -> Job:
+    """The job of a run that was begun before; refused where it is another one now."""
     known = rundir.open_run(directory)
     if known.record.get("status") == "finished":
         raise UserError(f"resume: {directory} is finished", fix=f"trimtab chat {directory}")
-    job = prepare(known.recipe, tell, Path(directory))
+    job = prepare(known.recipe, tell, directory, ranks=ranks)
     job.record |= {"before": known.record["before"]}
     record = json.loads(json.dumps(job.record))
     changed = [key for key in ("model", "data", "method", "learning_rate", "steps") if record[key] != known.record[key]]
@@ -152,19 +197,26 @@ def resume(directory: str | Path, reporter: Reporter | None = None) -> Result:
         )
     if job.record["versions"] != known.record["versions"]:
         tell.note("other versions than the run began with: the result may differ in its last digits")
-    return carry_out(job, tell)
+    if job.record.get("processes", 1) != known.record.get("processes", 1):
+        tell.note("another number of processes than the run began with: the result may differ in its last digits")
+    return job
 
 
 def carry_out(job: Job, tell: Reporter) -> Result:
     """Measure, train, measure, save."""
-    record, recipe = job.record, job.recipe
+    record, recipe, ranks = job.record, job.recipe, job.ranks
+    if job.sharded:
+        with ranks.agreeing():
+            from trimtab.engine.shards import shard
+
+            shard(job.model, recipe.shard, job.device, ranks, job.slices)
     with job.running():
         if "before" not in record:
             tell.stage("measuring the untuned model")
             activate(job.model, None)
             record["before"] = job.measure()
             activate(job.model, "default")
-            rundir.write_start(job.directory, recipe, record)
+            ranks.told(lambda: rundir.write_start(job.directory, recipe, record))
         tell.evaluated("before", record["before"])
 
         searched = any(is_searched(delta.method) for delta in job.model.modules() if isinstance(delta, Delta))
@@ -178,7 +230,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
     prompt = wording(job.model, job.tokenizer)
     notes |= {"prompt": prompt} if prompt is not None else {}
     notes |= {"context": recipe.context} if recipe.context is not None else {}
-    save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)
+    ranks.told(lambda: str(save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)))
     heldout = [(0, record["before"]["loss"])]
     heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
     seconds, rows = metrics[-1]["seconds"], metrics[-1]["rows"]
@@ -188,12 +240,13 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         "rows_per_second": round(rows / seconds, 3),
         "peak_memory_bytes": rundir.peak_memory(),
     }
-    rundir.write_record(job.directory, record)
-    checkpoint.clear(job.directory)
-    try:
-        rundir.plot_loss(job.directory, metrics, [*heldout, (record["kept_step"], record["after"]["loss"])])
-    except UserError as error:
-        tell.note(f"the run is complete, but without its plot: {error.message}")
+    ranks.told(lambda: rundir.write_record(job.directory, record))
+    if ranks.first:
+        checkpoint.clear(job.directory)
+        try:
+            rundir.plot_loss(job.directory, metrics, [*heldout, (record["kept_step"], record["after"]["loss"])])
+        except UserError as error:
+            tell.note(f"the run is complete, but without its plot: {error.message}")
     result = Result(
         directory=job.directory,
         before=record["before"],
@@ -215,41 +268,44 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     It begins at the newest checkpoint of the run directory, if there is one. With `evaluate_every`, the adapter of the
     lowest held-out loss is what remains at the end.
     """
-    recipe, model = job.recipe, job.model
+    recipe, model, ranks = job.recipe, job.model, job.ranks
     deltas = [module for module in model.modules() if isinstance(module, Delta)]
     update = Updates(recipe, model, job.rate)
     optimizer = update.optimizer
     rows_per_step = recipe.batch_size * recipe.accumulation
     step, counters = 0, dict[str, Any](rows=0, seconds=0.0, best_loss=math.inf, best_step=0, last_losses=[])
     best: dict[str, torch.Tensor] = {}
-    saved, problems = checkpoint.newest(job.directory)
+    saved, problems = checkpoint.newest(job.directory, ranks)
     for problem in problems:
         tell.note(problem)
     if saved is not None:
         best = checkpoint.restore(saved, model, optimizer)
         step, counters = saved.step, saved.counters
         tell.note(f"going on after step {step} of {job.steps}")
-    metrics = rundir.cut_metrics(job.directory, step)
+    metrics = ranks.told(lambda: rundir.cut_metrics(job.directory, step))
     model.train()
     tell.start(job.steps, job.steps * rows_per_step, done=(step, counters["rows"]))
-    trackers = opened(names_in(recipe.track), job.directory, job.record)
+    trackers = opened(names_in(recipe.track) if ranks.first else [], job.directory, job.record)
     started = last_saved = time.perf_counter()
     before = counters["seconds"]
-    with open(job.directory / rundir.METRICS, "a", encoding="utf-8") as log, Interrupt() as interrupt:
+    lines = job.directory / rundir.METRICS if ranks.first else os.devnull
+    with open(lines, "a", encoding="utf-8") as log, Interrupt() as interrupt:
         while step < job.steps:
             epoch, padded = step // job.steps_per_epoch, job.packing == "off"
             order = batches(job.train_rows, rows_per_step, recipe.seed, epoch, by_length=padded)
             for rows in order[step % job.steps_per_epoch :][: job.steps - step]:
-                micro = [job.batch(rows[i : i + recipe.batch_size]) for i in range(0, len(rows), recipe.batch_size)]
-                terms = sum(terms_of(batch) for batch in micro)
+                micro = job.passes(rows)
+                terms = ranks.total(sum(terms_of(batch) * counts for batch, counts in micro))
                 update.begin(step, job.rate * factor_at(step, job.steps, recipe))
+                ranks.seed(recipe.seed, step)
                 for _ in update.passes():
                     loss = 0.0
-                    for batch in micro:
+                    for batch, counts in micro:
                         summed, _ = loss_sum(model, batch, job.task)
-                        (summed / terms).backward()
-                        loss += float(summed.detach()) / terms
+                        (summed * counts / terms).backward()
+                        loss += float(summed.detach()) * counts / terms
                         del summed  # its graph knows the trained tensors in their old shape, which `settle` may change
+                    loss = ranks.add_up(update.trained, loss)
                     add_penalties(deltas)
 
                 norm = update.clip()
@@ -289,10 +345,12 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                 for tracker in trackers:
                     tracker.log({key: value for key, value in line.items() if key != "step"}, step)
 
-                if interrupt.asked or due(recipe, step, last_saved):
-                    checkpoint.write(job.directory, model, optimizer, step, counters, best, recipe.keep)
+                stopping, saving = ranks.any(interrupt.asked, ranks.first and due(recipe, step, last_saved))
+                if stopping or saving:
+                    held = partial(checkpoint.write, job.directory, model, optimizer, step, counters, best, recipe.keep)
+                    ranks.told(held)
                     last_saved = time.perf_counter()
-                if interrupt.asked and step < job.steps:
+                if stopping and step < job.steps:
                     raise Stopped(f"stopped after step {step} of {job.steps}; trimtab tune --resume {job.directory}")
                 if out_of_patience(recipe, step, counters["best_step"]):
                     tell.note(f"stopping early: no better held-out loss since step {counters['best_step']}")
@@ -329,7 +387,14 @@ def out_of_patience(recipe: Recipe, step: int, best_step: int) -> bool:
     )
 
 
-def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, loaded: Loaded | None = None) -> Job:
+def prepare(
+    recipe: Recipe,
+    tell: Reporter,
+    directory: Path | None = None,
+    *,
+    loaded: Loaded | None = None,
+    ranks: Ranks = ALONE,
+) -> Job:
     """Read the data, load the model, attach the method: everything that can be refused is refused here.
 
     `loaded` is the recipe's model where it is in memory already, with nothing attached to it.
@@ -354,13 +419,18 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
 
     tell.stage("loading model")
     labels = label_names(train_examples) if task == "classify" else None
+    slices = None
+    if loaded is None and ranks.size > 1 and recipe.shard != "none" and task == "causal":
+        loaded, slices = hollow_of(recipe, method, ranks) or (None, None)
+        if slices is None:
+            tell.note("every process loads the whole base first, and keeps its part: the start or the files need it")
     if loaded is None:
         loaded = load_model(
             recipe.model,
             task=task,
             labels=labels,
             dtype=recipe.dtype,
-            device=recipe.device,
+            device=recipe.device if recipe.shard == "none" else "cpu",
             head_seed=recipe.seed,
             context=recipe.context,
         )
@@ -384,7 +454,8 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
     statistics = measured(model, parts, train_rows, task, pad_id, tell)
     masters = torch.float32 if loaded.dtype in (torch.bfloat16, torch.float16) else None
     quantize = format if together else None
-    attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics, quantize=quantize)
+    made_on = ranks.device if slices is not None else None
+    attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics, quantize=quantize, device=made_on)
     if format is not None and together:
         rundir.quantize_left(model, format)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -392,7 +463,7 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
     attached = require_state(model, "tune").adapters["default"].parts
     for part in attached:
         tell.note(f"{type(part.method).__name__} at {len(part.places)} sites ({part.where})")
-    refuse(Point(recipe, rule, schedule, [part.method for part in attached], model))
+    refuse(Point(recipe, rule, schedule, [part.method for part in attached], model, ranks.size))
     only_new = {place.module for part in attached for place in part.places} <= set(loaded.new_modules)
     own_rate = PROBE_RATE if only_new else parts[0].method.rate(width_of(model))
     natural = float(f"{own_rate * rule.relative_rate:.2g}")
@@ -441,11 +512,13 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
         "trainable": trainable,
         "total": total,
     }
+    if ranks.size > 1:
+        record |= {"processes": ranks.size, "shard": recipe.shard}
     return Job(
         recipe=recipe,
         directory=directory,
         model=model,
-        device=loaded.device,
+        device=loaded.device if recipe.shard == "none" else ranks.device,
         task=task,
         train_rows=train_rows,
         heldout_rows=heldout_rows,
@@ -453,12 +526,37 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
         packing=packing,
         group=group,
         seam=seam,
-        pieces=PIECES if recipe.faster else (),
+        pieces=PIECES if recipe.faster and recipe.shard == "none" else (),
         rate=rate,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         record=record,
         tokenizer=loaded.tokenizer,
+        ranks=ranks,
+        slices=slices,
+    )
+
+
+def hollow_of(recipe: Recipe, method: Any, ranks: Ranks) -> tuple[Loaded, Slices] | None:
+    """The model of a recipe without its weights, and where they are; None where the method's start has to see them."""
+    from trimtab.models.slices import Looks, hollow
+
+    found = hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context)
+    if found is None:
+        return None
+    tried, _ = found
+    try:  # on a model of its own, which costs no memory
+        parts = [worded(part, tried.tokenizer) for part in placed_parts(method, recipe.where, (), tried.model)]
+        if any(part.method.statistics or part.method.takes_out for part in parts):
+            return None
+        with Looks() as looks:
+            attach(tried.model, parts, seed=recipe.seed, device=ranks.device)
+    except (RuntimeError, NotImplementedError):
+        return None
+    return (
+        hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context)
+        if not looks.seen
+        else None
     )
 
 

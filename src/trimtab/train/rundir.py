@@ -123,7 +123,7 @@ def new_directory(recipe: Recipe) -> Path:
     """The directory of a new run: the one asked for, which must be empty or absent, or a numbered one under runs/."""
     if recipe.output:
         target = Path(recipe.output)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if target.exists() and (not target.is_dir() or any(map(is_complete, target.iterdir()))):
             stopped = target.is_dir() and (target / RECORD).is_file() and not (target / ADAPTER).exists()
             fix = f"trimtab tune --resume {target} goes on with it, or choose another --output"
             raise UserError(
@@ -136,6 +136,17 @@ def new_directory(recipe: Recipe) -> Path:
     while (Path("runs") / f"{stem}-{number}").exists():
         number += 1
     return writable(Path("runs") / f"{stem}-{number}")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a file is more than what a killed process left of one it was writing."""
+    return not (path.name.startswith(".") and path.suffix == ".partial")
+
+
+def is_restarted(recipe: Recipe) -> bool:
+    """Whether torchrun has started this run again after a process was lost, and it had got as far as its directory."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and bool(recipe.output) and (Path(recipe.output or "") / RECORD).is_file()
 
 
 def writable(target: Path) -> Path:

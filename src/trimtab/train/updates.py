@@ -116,10 +116,25 @@ class Point:
     schedule: Active | None
     methods: Sequence[Method]
     model: nn.Module
+    processes: int = 1
 
     @property
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the frozen weights are spread over several processes."""
+        return self.recipe.shard != "none"
+
+    def decides_alone(self) -> bool:
+        """Whether a method decides something by the rows of its own process."""
+        return any("distributed" in one.laws or name_of(type(one)) == "auto_prompt" for one in self.methods)
+
+    def trains_most(self) -> bool:
+        """Whether more than half as much trains as is frozen."""
+        trained = sum(parameter.numel() for _, parameter in self.trained)
+        return 3 * trained > sum(parameter.numel() for parameter in self.model.parameters())
 
     def acts_after_steps(self) -> bool:
         """Whether a method has a penalty, or changes its tensors after a step."""
@@ -207,6 +222,34 @@ REFUSALS = (
         "there is nothing to project, so it is the inner optimizer and saves no memory",
         "a smaller --optimizer-rank, or method full",
         lambda at: at.projects_nothing(),
+    ),
+    Refusal(
+        "several processes",
+        "an optimizer that steps in backward (lomo, ada_lomo, in_backward)",
+        "a gradient is used and dropped before those of the other processes are added to it",
+        "another optimizer, or one process",
+        lambda at: at.processes > 1 and at.rule.in_backward,
+    ),
+    Refusal(
+        "several processes",
+        "a method that decides by its own rows (lora_drop, auto_prompt)",
+        "the processes would decide differently",
+        "another method, or one process",
+        lambda at: at.processes > 1 and at.decides_alone(),
+    ),
+    Refusal(
+        "shard",
+        "one process",
+        "there is nobody to share the weights with",
+        "--nproc with the number of processes, torchrun, or shard: none",
+        lambda at: at.processes == 1 and at.sharded,
+    ),
+    Refusal(
+        "shard",
+        "a method that trains most weights (full)",
+        "what trains is whole in every process, so hardly anything would be spread",
+        "shard: none, or a method that trains less",
+        lambda at: at.processes > 1 and at.sharded and at.trains_most(),
     ),
 )
 """Every pair that is refused before training, as data: `markdown()` is the table of it."""
