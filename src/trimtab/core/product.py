@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from trimtab.core.remake import kept, kept_tensors
 from trimtab.core.site import Base, LinearBase
@@ -50,7 +51,7 @@ def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
     """The dense frozen weight (out, in) of an unpatched linear in eager mode on plain tensors, else None."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    if torch._C._len_torch_dispatch_stack() > 0:  # a mode that keeps or counts what single operators return
+    if torch._C._len_torch_dispatch_stack() > 0 and not only_watched():  # a mode that keeps what single operators return
         return None
     if type(base) is not LinearBase:
         return None
@@ -64,6 +65,11 @@ def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
         return None
     trained = W.requires_grad or (b is not None and b.requires_grad)
     return None if trained or torch.is_autocast_enabled(x.device.type) else W
+
+
+def only_watched() -> bool:
+    """Whether every active mode says that it only watches operators, so that one function is as good as several."""
+    return all(getattr(mode, "only_watches", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:

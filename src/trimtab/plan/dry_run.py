@@ -1,0 +1,397 @@
+"""The real training step on the meta device: our loop's own functions on tensors that have sizes and no memory.
+
+What is fast and frugal in the engine (low-rank products, norms and gates that keep little, siblings, the loss in
+chunks) runs as it does in training, so what it keeps and drops is counted and not assumed. Where the engine decides by
+a trial on numbers, the trial is made on a small copy that has numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from trimtab.core.active import Activity
+from trimtab.core.attach import attach
+from trimtab.core.delta import Delta
+from trimtab.core.errors import UserError
+from trimtab.core.fisher import MEASURES
+from trimtab.core.method import InputMethod
+from trimtab.core.optimizer import Optimizer
+from trimtab.core.registry import name_of
+from trimtab.core.swap import swap
+from trimtab.data.batches import collate
+from trimtab.data.encode import Encoded
+from trimtab.data.packing import Pack, bag, pack
+from trimtab.engine import kernels
+from trimtab.engine.attention import can_pack, edited_ends, reads_positions
+from trimtab.engine.encoder import Seam, candidates
+from trimtab.engine.faster import gate_namespace, norm_namespace, quick_gate, quick_norm, running
+from trimtab.engine.loss import Batch, loss_sum, on, terms_of
+from trimtab.models.loading import DTYPES
+from trimtab.plan.live import Live
+from trimtab.train.recipe import Recipe, build_method
+from trimtab.train.rundir import format_named, quantize_left
+from trimtab.train.run import add_penalties, group_of, placed_parts
+from trimtab.train.updates import rule_of, schedule_of
+
+STEPS = 2
+"""The first step has no optimizer state when its backward runs, the second one has."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a dry run came to: bytes alive at the highest point by category, and what it is made of."""
+
+    live: dict[str, int]
+    kept: int
+    """Bytes of activations when backward begins."""
+    largest: int
+    """Bytes of the largest tensor among weights and trained ones."""
+    flops: int
+    """Floating-point operations of matrix products and attention in one step."""
+    tokens: int
+    trained: int
+    adapter_bytes: int
+    state_bytes: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.live.values())
+
+
+@dataclass
+class Bench:
+    """A model on the meta device, made ready for a step."""
+
+    model: Any
+    recipe: Recipe
+    task: str
+    packed: bool
+    seam: Seam | None
+    group: int | None
+
+
+def prepared(recipe: Recipe, model: Any, task: str, new_modules: Sequence[str], length: int) -> Bench:
+    """Quantize and attach on the meta device as a run does."""
+    if recipe.dtype != "auto":
+        model.to(DTYPES[recipe.dtype])
+    kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    method = build_method(recipe)
+    parts = [part.__class__(*part) for part in placed_parts(method, recipe.where, new_modules, model)]
+    format = format_named(recipe.quantize) if recipe.quantize else None
+    together = format is not None and any(part.method.takes_out for part in parts)
+    if format is not None and not together:
+        quantize_left(model, format)
+    wanted = sorted({part.method.statistics for part in parts if part.method.statistics})
+    if wanted:
+        raise UserError(f"dry run: the method starts from what is measured ({', '.join(wanted)})")
+    masters = torch.float32 if kind in (torch.bfloat16, torch.float16) else None
+    attach(model, parts, seed=recipe.seed, dtype=masters, quantize=format if together else None)
+    if format is not None and together:
+        quantize_left(model, format)
+    seam, packed = None, False
+    if recipe.packing != "off":
+        if task in ("classify", "regress"):
+            places = candidates(model) if not reads_positions(model) and can_bag(model, length) else []
+            seam = Seam(places[0], 0) if places else None
+            packed = seam is not None
+        else:
+            packed = task == "causal" and can_pack(model, length)
+    return Bench(model, recipe, task, packed, seam, group_of(recipe, model, task, length))
+
+
+def can_bag(model: Any, length: int) -> bool:
+    """Whether labelled rows of this length would go through the encoder unpadded."""
+    from trimtab.engine.attention import plain_attention
+
+    return plain_attention(model, 2 * length)
+
+
+def rows_of(count: int, length: int, task: str, trained: float, vocabulary: int) -> list[Encoded]:
+    """Rows of one length, of which the last share is trained; no two share a beginning."""
+    learned = max(1, round(trained * length)) if task in ("causal", "seq2seq") else 0
+    found = []
+    for row in range(count):
+        ids = [(row * 31 + at * 7) % max(2, min(vocabulary, 1 << 14)) for at in range(length)]
+        marks = [at >= length - learned for at in range(length)]
+        label = 0 if task == "classify" else 0.0 if task == "regress" else None
+        source = ids if task == "seq2seq" else None
+        found.append(Encoded(ids, marks, label=label, row=row, source=source))
+    return found
+
+
+def batch_of(bench: Bench, rows: Sequence[Encoded]) -> Batch:
+    """Rows as the loop would put them together, on the meta device."""
+    if not bench.packed:
+        made: Batch = collate(rows, 0)
+    elif bench.seam is not None:
+        made = bag(rows, bench.seam.first_position)
+    else:
+        made = pack(rows, None, edited_ends(bench.model) or ())
+    return made
+
+
+def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
+    """Run steps of training on the meta device and count what is alive."""
+    model, recipe = bench.model, bench.recipe
+    trained = [p for p in model.parameters() if p.requires_grad]
+    live = live or Live()
+    ids = {id(p) for p in trained}
+    live.declare((t for t in tensors_of(model) if id(t) not in ids), "weights")
+    live.declare(trained, "adapter")
+    deltas = [module for module in model.modules() if isinstance(module, Delta)]
+    terms = terms_of(batch)
+    moved = on(batch, torch.device("meta"))
+    kept = flops = 0
+    with ExitStack() as stack:
+        stack.enter_context(on_meta(model, recipe, batch))
+        policy = "block" if recipe.checkpointing == "offload" else recipe.checkpointing
+        pieces = ("siblings",) if recipe.faster else ()
+        stack.enter_context(
+            running(model, packed=bench.packed, seam=bench.seam, pieces=pieces, policy=policy, group=bench.group)
+        )
+        optimizer, activity = updates(recipe, model, live)
+        model.train()
+        stack.enter_context(live)
+        for handle in gradients_named(trained, live):
+            stack.callback(handle.remove)
+        stack.enter_context(loss_named(live))
+        for step in range(STEPS):
+            before = live.flops
+            if activity is not None:
+                activity.at(step)
+            with live.during("activations"):
+                summed, _ = loss_sum(model, moved, bench.task)
+                loss = summed / terms
+            kept = live.now["activations"]
+            with live.during("temporary"):
+                loss.backward()
+                add_penalties(deltas)
+            del summed, loss
+            with live.during("temporary"):
+                optimizer.step()
+            flops = live.flops - before
+            for p in trained:
+                p.grad = None
+            live.declare(getattr(kernels._rooms, "__dict__", {}).values(), "temporary")
+    at = dict(live.at_peak)
+    if recipe.checkpointing == "offload":
+        at["activations"] = max(0, at["activations"] - kept)
+    tokens = batch.row_tokens if isinstance(batch, Pack) else int(next(iter(token_counts(batch))))
+    return Counted(
+        live=at,
+        kept=kept,
+        largest=max((p.numel() * p.element_size() for p in model.parameters()), default=0),
+        flops=flops,
+        tokens=tokens,
+        trained=sum(p.numel() for p in trained),
+        adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
+        state_bytes=live.now["optimizer"],
+    )
+
+
+def token_counts(batch: Any) -> Iterator[int]:
+    """Tokens of a batch, one way or another."""
+    ids = batch["input_ids"] if isinstance(batch, dict) else batch.ids
+    yield ids.numel()
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Every parameter, buffer and plain tensor of the deltas."""
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def gradients_named(trained: Sequence[Tensor], live: Live) -> list[Any]:
+    """Hooks that count a finished gradient as such."""
+
+    def named(p: Tensor) -> None:
+        if p.grad is not None:
+            live.declare([p.grad], "gradients")
+
+    return [p.register_post_accumulate_grad_hook(named) for p in trained]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def loss_named(live: Live) -> Iterator[None]:
+    """What the loss makes on its own counts as logits."""
+    from trimtab.engine import loss as module
+
+    plain = module.chunked_cross_entropy
+
+    def counted(*args: Any) -> Tensor:
+        with live.during("logits"):
+            return plain(*args)
+
+    with mock.patch.object(module, "chunked_cross_entropy", counted):
+        yield
+
+
+class Dry:
+    """An optimizer's memory without its arithmetic: what torch's fused AdamW holds, which has no meta kernel."""
+
+    def __init__(self, trained: Sequence[Tensor], live: Live) -> None:
+        self.trained, self.live, self.state = trained, live, dict[Tensor, list[Tensor]]()
+
+    def step(self) -> None:
+        with self.live.during("optimizer"):
+            for p in self.trained:
+                if p.grad is not None and p not in self.state:
+                    self.state[p] = [torch.zeros_like(p), torch.zeros_like(p)]
+
+
+class DryRule:
+    """A rule of ours on the meta device: its state and, where its arithmetic allows, what a step makes on the way."""
+
+    def __init__(self, optimizer: Optimizer, live: Live) -> None:
+        self.optimizer, self.live, self.state = optimizer, live, optimizer.state
+        self.held: dict[Tensor, Tensor] = {}
+
+    def step(self) -> None:
+        try:
+            self.optimizer.step()
+        except (RuntimeError, NotImplementedError, UserError):
+            self.held = self.held or {
+                p: torch.empty(self.optimizer.rule.state_bytes(p.shape), dtype=torch.uint8, device="meta")
+                for group in self.optimizer.param_groups
+                for p in group["params"]
+                if p.grad is not None
+            }
+            self.live.declare(self.held.values(), "optimizer")
+        found = [t for s in self.optimizer.state.values() for t in flat_tensors(s)]
+        self.live.declare([t for t in found if t.is_meta], "optimizer")
+
+
+def flat_tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of a nested state."""
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from flat_tensors(value)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def updates(recipe: Recipe, model: nn.Module, live: Live) -> tuple[Any, Activity | None]:
+    """The optimizer of a dry run and what is active when."""
+    rule, schedule = rule_of(recipe), schedule_of(recipe)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if name_of(type(rule)) == "adamw":
+        optimizer: Any = Dry([p for _, p in named], live)
+    else:
+        optimizer = DryRule(Optimizer(named, rule, lr=1e-3, seed=recipe.seed), live)
+    if schedule is None:
+        return optimizer, None
+    stand_in = torch.optim.SGD([p for _, p in named], lr=1e-3)
+    stand_in.state = optimizer.state
+    return optimizer, Activity(model, schedule, stand_in, recipe.seed)
+
+
+# ------------------------------------------------------------------------------------ standing in for trials
+
+
+@contextmanager
+def on_meta(model: Any, recipe: Recipe, batch: Batch) -> Iterator[None]:
+    """Decide on small copies with numbers what the engine decides by trial, and run attention as a CPU does."""
+    model.__dict__["_trimtab_ends_with_head"] = hands_on_logits(model)
+    kernels.release()
+    if recipe.faster:
+        for module in list(model.modules()):
+            quicken(module)
+    try:
+        with CPUAttention():
+            yield
+    finally:
+        kernels.release()
+
+
+def quicken(module: nn.Module) -> None:
+    """Give a norm or a gated feed-forward on the meta device its fast class, if a small copy of it gets one."""
+    w = module._parameters.get("weight")
+    if w is not None and w.ndim == 1 and w.is_meta and not w.requires_grad and not module._modules:
+        twin = copy.copy(module)
+        twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters}}
+        twin._parameters["weight"] = nn.Parameter(torch.linspace(0.5, 1.5, len(w), dtype=w.dtype), requires_grad=False)
+        if quick_norm(twin):
+            _, _, args = type(twin)._origin  # type: ignore[attr-defined]
+            swap(module, norm_namespace, *args)
+    elif {"gate_proj", "up_proj", "down_proj"} <= set(module._modules) and not module._parameters:
+        if "delta" in module._modules:
+            return
+        twin = copy.copy(module)
+        twin.__dict__ = {**module.__dict__, "_modules": {**module._modules}}
+        small = {"gate_proj": (32, 16), "up_proj": (32, 16), "down_proj": (16, 32)}
+        for name, (out, into) in small.items():
+            layer = nn.Linear(into, out, bias=False)
+            with torch.no_grad():
+                layer.weight.copy_(torch.linspace(-1, 1, out * into).sin().view(out, into))
+            layer.requires_grad_(False)
+            twin._modules[name] = layer
+        if quick_gate(twin):
+            _, _, args = type(twin)._origin  # type: ignore[attr-defined]
+            swap(module, gate_namespace, *args)
+
+
+@torch.no_grad()
+def hands_on_logits(model: Any) -> bool:
+    """Whether the logits are the very tensor that the output matrix returns."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if head is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    made: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: made.append(output))
+    training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=torch.tensor([[1, 2, 3]], device="meta"), use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    finally:
+        handle.remove()
+        model.train(training)
+    return len(made) == 1 and logits is made[0]
+
+
+class CPUAttention(TorchFunctionMode):
+    """Scaled dot-product attention on the meta device by the kernel that a CPU takes, which keeps no scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            return flash(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Flash attention's output and what it keeps; under dropout a CPU takes the plain way, with all scores."""
+    if dropout_p > 0:
+        if enable_gqa:
+            k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], 1) for one in (k, v))
+        scores = (q @ k.mT) * (scale or q.shape[-1] ** -0.5)
+        P: Tensor = torch.softmax(scores, -1)
+        return F.dropout(P, dropout_p) @ v
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
+    made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+    )
+    return made[0]
