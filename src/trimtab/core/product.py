@@ -64,7 +64,7 @@ def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
     if not plain or type(W) is not nn.Parameter or type(x) not in (Tensor, nn.Parameter) or W.dtype != x.dtype:
         return None
     trained = W.requires_grad or (b is not None and b.requires_grad)
-    return None if trained or torch.is_autocast_enabled(x.device.type) else W
+    return None if trained or (not x.is_meta and torch.is_autocast_enabled(x.device.type)) else W
 
 
 def only_watched() -> bool:
@@ -90,7 +90,7 @@ def wide(panels: Sequence[Panel]) -> tuple[Tensor | None, list[Tensor | None], l
     whole = [one.A for one in panels if one.A is not None]
     if not whole:
         return None, [None] * len(panels), starts
-    missing = -total % NARROW if whole[0].device.type == "cpu" else 0
+    missing = -total % NARROW if whole[0].device.type in ("cpu", "meta") else 0
     if missing:
         whole.append(whole[0].new_zeros(missing, whole[0].shape[1]))
     A = whole[0] if len(whole) == 1 else torch.cat(whole)

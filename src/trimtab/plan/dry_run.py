@@ -8,9 +8,8 @@ a trial on numbers, the trial is made on a small copy that has numbers.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -43,10 +42,6 @@ from trimtab.train.recipe import Recipe, build_method
 from trimtab.train.rundir import format_named, quantize_left
 from trimtab.train.run import add_penalties, group_of, placed_parts
 from trimtab.train.updates import rule_of, schedule_of
-
-STEPS = 2
-"""The first step has no optimizer state when its backward runs, the second one has."""
-
 
 @dataclass(frozen=True)
 class Counted:
@@ -142,7 +137,7 @@ def batch_of(bench: Bench, rows: Sequence[Encoded]) -> Batch:
 
 
 def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
-    """Run steps of training on the meta device and count what is alive."""
+    """Run a step of training, with the optimizer's state of earlier ones, on the meta device and count what is alive."""
     model, recipe = bench.model, bench.recipe
     trained = [p for p in model.parameters() if p.requires_grad]
     live = live or Live()
@@ -152,7 +147,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
     deltas = [module for module in model.modules() if isinstance(module, Delta)]
     terms = terms_of(batch)
     moved = on(batch, torch.device("meta"))
-    kept = flops = 0
+    kept = 0
     with ExitStack() as stack:
         stack.enter_context(on_meta(model, recipe, batch))
         policy = "block" if recipe.checkpointing == "offload" else recipe.checkpointing
@@ -166,24 +161,20 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
         for handle in gradients_named(trained, live):
             stack.callback(handle.remove)
         stack.enter_context(loss_named(live))
-        for step in range(STEPS):
-            before = live.flops
-            if activity is not None:
-                activity.at(step)
-            with live.during("activations"):
-                summed, _ = loss_sum(model, moved, bench.task)
-                loss = summed / terms
-            kept = live.now["activations"]
-            with live.during("temporary"):
-                loss.backward()
-                add_penalties(deltas)
+        if activity is not None:
+            activity.at(0)
+        optimizer.begin()
+        live.forget_peak()
+        with live.during("activations"):
+            summed, _ = loss_sum(model, moved, bench.task)
+            loss = summed / terms
+        live.declare(kernels._rooms.__dict__.values(), "temporary")
+        kept = live.now["activations"]
+        with live.during("temporary"):
+            torch.autograd.backward([loss])  # `loss.backward()` would leave the function mode
+            add_penalties(deltas)
             del summed, loss
-            with live.during("temporary"):
-                optimizer.step()
-            flops = live.flops - before
-            for p in trained:
-                p.grad = None
-            live.declare(getattr(kernels._rooms, "__dict__", {}).values(), "temporary")
+            optimizer.step()
     at = dict(live.at_peak)
     if recipe.checkpointing == "offload":
         at["activations"] = max(0, at["activations"] - kept)
@@ -192,7 +183,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
         live=at,
         kept=kept,
         largest=max((p.numel() * p.element_size() for p in model.parameters()), default=0),
-        flops=flops,
+        flops=live.flops,
         tokens=tokens,
         trained=sum(p.numel() for p in trained),
         adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
@@ -237,39 +228,37 @@ def loss_named(live: Live) -> Iterator[None]:
         yield
 
 
-class Dry:
-    """An optimizer's memory without its arithmetic: what torch's fused AdamW holds, which has no meta kernel."""
+class FusedAdamW:
+    """What torch's fused AdamW holds; it makes nothing on the way, and has no meta kernel."""
 
     def __init__(self, trained: Sequence[Tensor], live: Live) -> None:
         self.trained, self.live, self.state = trained, live, dict[Tensor, list[Tensor]]()
 
+    def begin(self) -> None:
+        """The state that earlier steps have left."""
+        self.state.update({p: [torch.zeros_like(p), torch.zeros_like(p)] for p in self.trained if p.requires_grad})
+        self.live.declare([one for pair in self.state.values() for one in pair], "optimizer")
+
     def step(self) -> None:
-        with self.live.during("optimizer"):
-            for p in self.trained:
-                if p.grad is not None and p not in self.state:
-                    self.state[p] = [torch.zeros_like(p), torch.zeros_like(p)]
+        """In place."""
 
 
-class DryRule:
-    """A rule of ours on the meta device: its state and, where its arithmetic allows, what a step makes on the way."""
+class OwnRule:
+    """An optimizer of ours on the meta device: its state, and what a step makes on the way where that needs no value."""
 
     def __init__(self, optimizer: Optimizer, live: Live) -> None:
         self.optimizer, self.live, self.state = optimizer, live, optimizer.state
-        self.held: dict[Tensor, Tensor] = {}
+
+    def begin(self) -> None:
+        """The state that earlier steps have left."""
+        for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad):
+            self.state[p] = self.optimizer._begin(p)
+            self.live.declare([one for one in flat_tensors(self.state[p]) if one.is_meta], "optimizer")
 
     def step(self) -> None:
-        try:
+        """As far as it goes without values."""
+        with suppress(RuntimeError, NotImplementedError, UserError):
             self.optimizer.step()
-        except (RuntimeError, NotImplementedError, UserError):
-            self.held = self.held or {
-                p: torch.empty(self.optimizer.rule.state_bytes(p.shape), dtype=torch.uint8, device="meta")
-                for group in self.optimizer.param_groups
-                for p in group["params"]
-                if p.grad is not None
-            }
-            self.live.declare(self.held.values(), "optimizer")
-        found = [t for s in self.optimizer.state.values() for t in flat_tensors(s)]
-        self.live.declare([t for t in found if t.is_meta], "optimizer")
 
 
 def flat_tensors(state: Any) -> Iterator[Tensor]:
@@ -286,9 +275,9 @@ def updates(recipe: Recipe, model: nn.Module, live: Live) -> tuple[Any, Activity
     rule, schedule = rule_of(recipe), schedule_of(recipe)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if name_of(type(rule)) == "adamw":
-        optimizer: Any = Dry([p for _, p in named], live)
+        optimizer: Any = FusedAdamW([p for _, p in named], live)
     else:
-        optimizer = DryRule(Optimizer(named, rule, lr=1e-3, seed=recipe.seed), live)
+        optimizer = OwnRule(Optimizer(named, rule, lr=1e-3, seed=recipe.seed), live)
     if schedule is None:
         return optimizer, None
     stand_in = torch.optim.SGD([p for _, p in named], lr=1e-3)
@@ -302,13 +291,13 @@ def updates(recipe: Recipe, model: nn.Module, live: Live) -> tuple[Any, Activity
 @contextmanager
 def on_meta(model: Any, recipe: Recipe, batch: Batch) -> Iterator[None]:
     """Decide on small copies with numbers what the engine decides by trial, and run attention as a CPU does."""
-    model.__dict__["_trimtab_ends_with_head"] = hands_on_logits(model)
     kernels.release()
     if recipe.faster:
         for module in list(model.modules()):
             quicken(module)
     try:
-        with CPUAttention():
+        with Standing(whole=not isinstance(batch, dict) or unpadded(batch)):
+            model.__dict__["_trimtab_ends_with_head"] = hands_on_logits(model)
             yield
     finally:
         kernels.release()
@@ -362,13 +351,28 @@ def hands_on_logits(model: Any) -> bool:
     return len(made) == 1 and logits is made[0]
 
 
-class CPUAttention(TorchFunctionMode):
-    """Scaled dot-product attention on the meta device by the kernel that a CPU takes, which keeps no scores."""
+def unpadded(batch: dict[str, Tensor]) -> bool:
+    """Whether every row of a padded batch is of one length."""
+    masks = [value for key, value in batch.items() if key.endswith("attention_mask")]
+    return all(bool(mask.all()) for mask in masks)
+
+
+class Standing(TorchFunctionMode):
+    """On the meta device: attention by the kernel that a CPU takes, and an answer where a mask is asked if it is whole.
+
+    Models leave a mask out when nothing is padded, and ask the mask itself, which has no values here.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return flash(*args, **kwargs)
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return self.whole
         return func(*args, **kwargs)
 
 
