@@ -17,14 +17,14 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from trimtab.core import quantized
 from trimtab.core.active import Activity
 from trimtab.core.attach import attach
 from trimtab.core.delta import Delta
 from trimtab.core.errors import UserError
-from trimtab.core.fisher import MEASURES
-from trimtab.core.method import InputMethod
+from trimtab.core.format import Format
+from trimtab.core.method import Placed
 from trimtab.core.optimizer import Optimizer
 from trimtab.core.registry import name_of
 from trimtab.core.swap import swap
@@ -82,8 +82,16 @@ def prepared(recipe: Recipe, model: Any, task: str, new_modules: Sequence[str], 
         model.to(DTYPES[recipe.dtype])
     kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
     method = build_method(recipe)
-    parts = [part.__class__(*part) for part in placed_parts(method, recipe.where, new_modules, model)]
+    parts = placed_parts(method, recipe.where, new_modules, model)
     format = format_named(recipe.quantize) if recipe.quantize else None
+    with encoded_once(format):
+        return attached(recipe, model, task, length, parts, format, kind)
+
+
+def attached(
+    recipe: Recipe, model: Any, task: str, length: int, parts: Sequence[Placed], format: Format | None, kind: torch.dtype
+) -> Bench:
+    """The second half of `prepared`."""
     together = format is not None and any(part.method.takes_out for part in parts)
     if format is not None and not together:
         quantize_left(model, format)
@@ -103,6 +111,49 @@ def prepared(recipe: Recipe, model: Any, task: str, new_modules: Sequence[str], 
         else:
             packed = task == "causal" and can_pack(model, length)
     return Bench(model, recipe, task, packed, seam, group_of(recipe, model, task, length))
+
+
+@contextmanager
+def encoded_once(format: Format | None) -> Iterator[None]:
+    """Encode one weight of each shape: on the meta device the others would come to the same sizes, slowly."""
+    if format is None:
+        yield
+        return
+    cls, plain = type(format), type(format).encode
+    known: dict[Any, dict[str, Tensor]] = {}
+
+    def encode(self: Any, W: Tensor) -> dict[str, Tensor]:
+        key = (self, W.shape, W.dtype)
+        if key not in known:
+            known[key] = plain(self, W)
+        return {name: torch.empty_like(tensor) for name, tensor in known[key].items()}
+
+    with mock.patch.object(cls, "encode", encode):
+        yield
+
+
+@contextmanager
+def decoded_once() -> Iterator[None]:
+    """Decode one weight of each kind as its format does, the others by what that one needed on the way."""
+    plain = quantized._decoded
+    known: dict[str, tuple[int, torch.dtype]] = {}
+
+    def decoded(tensors: Sequence[Tensor], key: str) -> Tensor:
+        if not tensors[0].is_meta:
+            return plain(tensors, key)
+        if key not in known:
+            with Live() as inner:
+                W = plain(tensors, key)
+            known[key] = (max(0, inner.peak - W.nbytes), W.dtype)
+            return W
+        extra, dtype = known[key]
+        room = torch.empty(extra, dtype=torch.uint8, device="meta")
+        W = torch.empty(quantized._recipe(key).shape, dtype=dtype, device="meta")
+        del room
+        return W
+
+    with mock.patch.object(quantized, "_decoded", decoded):
+        yield
 
 
 def can_bag(model: Any, length: int) -> bool:
@@ -150,6 +201,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
     kept = 0
     with ExitStack() as stack:
         stack.enter_context(on_meta(model, recipe, batch))
+        stack.enter_context(decoded_once())
         policy = "block" if recipe.checkpointing == "offload" else recipe.checkpointing
         pieces = ("siblings",) if recipe.faster else ()
         stack.enter_context(
@@ -171,7 +223,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
         live.declare(kernels._rooms.__dict__.values(), "temporary")
         kept = live.now["activations"]
         with live.during("temporary"):
-            torch.autograd.backward([loss])  # `loss.backward()` would leave the function mode
+            loss.backward()
             add_penalties(deltas)
             del summed, loss
             optimizer.step()
@@ -296,7 +348,7 @@ def on_meta(model: Any, recipe: Recipe, batch: Batch) -> Iterator[None]:
         for module in list(model.modules()):
             quicken(module)
     try:
-        with Standing(whole=not isinstance(batch, dict) or unpadded(batch)):
+        with standing_in(whole=not isinstance(batch, dict) or unpadded(batch)):
             model.__dict__["_trimtab_ends_with_head"] = hands_on_logits(model)
             yield
     finally:
@@ -357,29 +409,29 @@ def unpadded(batch: dict[str, Tensor]) -> bool:
     return all(bool(mask.all()) for mask in masks)
 
 
-class Standing(TorchFunctionMode):
+@contextmanager
+def standing_in(whole: bool) -> Iterator[None]:
     """On the meta device: attention by the kernel that a CPU takes, and an answer where a mask is asked if it is whole.
 
-    Models leave a mask out when nothing is padded, and ask the mask itself, which has no values here.
+    Models leave a mask out when nothing is padded, and ask the mask itself, which has no values here. A function mode
+    would not reach what checkpointing runs again.
     """
+    plain, truth = F.scaled_dot_product_attention, Tensor.__bool__
 
-    def __init__(self, whole: bool) -> None:
-        super().__init__()
-        self.whole = whole
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (flash if query.is_meta else plain)(query, *args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return flash(*args, **kwargs)
-        if func is Tensor.__bool__ and args[0].is_meta:
-            return self.whole
-        return func(*args, **kwargs)
+    def answer(self: Tensor) -> bool:
+        return whole if self.is_meta else truth(self)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention), mock.patch.object(Tensor, "__bool__", answer):
+        yield
 
 
 def flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -387,6 +439,7 @@ def flash(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Flash attention's output and what it keeps; under dropout a CPU takes the plain way, with all scores."""
+    q, k, v = query, key, value
     if dropout_p > 0:
         if enable_gqa:
             k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], 1) for one in (k, v))
