@@ -45,9 +45,10 @@ from trimtab.train.updates import rule_of, schedule_of
 
 @dataclass(frozen=True)
 class Counted:
-    """What a dry run came to: bytes alive at the highest point by category, and what it is made of."""
+    """What a dry run came to."""
 
-    live: dict[str, int]
+    points: tuple[dict[str, int], ...]
+    """Bytes alive by category at the highest points of forward with the loss, of backward, and of the update."""
     kept: int
     """Bytes of activations when backward begins."""
     largest: int
@@ -58,6 +59,11 @@ class Counted:
     trained: int
     adapter_bytes: int
     state_bytes: int
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Bytes alive by category at the highest point of all."""
+        return max(self.points, key=lambda point: sum(point.values()))
 
     @property
     def peak(self) -> int:
@@ -220,19 +226,23 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
         with live.during("activations"):
             summed, _ = loss_sum(model, moved, bench.task)
             loss = summed / terms
-        live.declare(kernels._rooms.__dict__.values(), "temporary")
         kept = live.now["activations"]
+        points = [dict(live.at_peak)]
+        live.forget_peak()
         with live.during("temporary"):
             loss.backward()
             add_penalties(deltas)
             del summed, loss
+            points.append(dict(live.at_peak))
+            live.forget_peak()
             optimizer.step()
-    at = dict(live.at_peak)
+            points.append(dict(live.at_peak))
     if recipe.checkpointing == "offload":
-        at["activations"] = max(0, at["activations"] - kept)
+        for point in points:
+            point["activations"] = max(0, point["activations"] - kept)
     tokens = batch.row_tokens if isinstance(batch, Pack) else int(next(iter(token_counts(batch))))
     return Counted(
-        live=at,
+        points=tuple(points),
         kept=kept,
         largest=max((p.numel() * p.element_size() for p in model.parameters()), default=0),
         flops=live.flops,
