@@ -26,6 +26,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.low_rank import LowRank
 from trimtab.core.method import Placed
+from trimtab.core.registry import find
 from trimtab.core.select import select
 from trimtab.core.transform import Transform
 from trimtab.engine.loss import CHUNK
@@ -33,6 +34,7 @@ from trimtab.engine.row_attention import SHORT
 
 LLAMA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo", "olmo2", "gemma")
 BERT = ("bert", "roberta", "electra", "xlm-roberta")
+PROJECTIONS = frozenset({"q", "k", "v", "qkv", "o", "gate", "up", "down", "head"})
 KINDS = {**dict.fromkeys(LLAMA, "llama"), "gpt2": "gpt2", **dict.fromkeys(BERT, "bert")}
 
 
@@ -103,6 +105,9 @@ def trains(model: nn.Module, parts: Sequence[Placed], quantized: bool) -> Trains
         for part in plan(model, placed.method, placed.where):
             roles = {place.role or "" for place in part.places}
             plain = isinstance(part.method, LowRank) and type(part.method).forward is LowRank.forward
+            odd = roles - PROJECTIONS - ({""} if isinstance(part.method, find("full")) else set())  # a new head
+            if odd:
+                raise UserError(f"no formulas for what trains at {', '.join(sorted(odd))}", fix="the dry run counts it")
             if getattr(part.method, "on_bias", False) or part.method.space not in ("weight",):
                 continue
             (low if plain and not quantized else dense).update(roles)
@@ -190,6 +195,8 @@ def estimate(
         kept, again = (shape.layers - narrow) * layer, 0.0
         if narrow:
             kept += T * value * (4 * h)
+    if value < 4 and checkpointing == "off":
+        kept += value * trained.values  # what trains is in fp32, and its copy in the model's type is kept
     logits = 0
     if shape.kind != "bert":
         chunk = min(terms, CHUNK)

@@ -41,7 +41,7 @@ class Plan:
     model: str
     recipe: dict[str, Any]
     memory: dict[str, int]
-    """By category, with `process` and `allocator`: what the process holds beside the step's own tensors."""
+    """By category, with `process`, `allocator` and `file`: what the process holds beside the step's own tensors."""
     peak_memory_bytes: int
     step_bytes: int
     """Living tensors of the step alone."""
@@ -148,7 +148,7 @@ def whole(
         switch_seconds=saved / READING,
         room=fit.name,
         room_bytes=round(fit.bytes),
-        fits=peak <= fit.bytes,
+        fits=peak - memory.get("file", 0) <= fit.bytes,
         notes=tuple(notes),
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -289,13 +289,10 @@ def extended(low: Counted, high: Counted, times: float) -> Counted:
 def beside(recipe: Recipe, live: dict[str, int], model: Any, fit: Room) -> dict[str, float]:
     """What the process holds beside the step's tensors."""
     value = DTYPES[recipe.dtype].itemsize
-    mapped = packed = 0.0
+    mapped = 0.0
     if recipe.quantize:
         mapped = sum(value * model.get_submodule(one.module).weight.numel() for one in select(model, "all-linear"))
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None and value == 4:
-        packed = float(head.weight.numel() * value)
-    return around(live, fit.kind or "cpu", mapped, packed)
+    return around(live, fit.kind, mapped)
 
 
 def of_batch(recipe: Recipe, task: str, new_modules: Sequence[str], batch: Batch, length: int, job: Any) -> Counted:

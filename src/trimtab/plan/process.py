@@ -13,8 +13,8 @@ from trimtab.core.errors import UserError, nearest
 
 BASE = 450e6
 """Bytes of Python, torch, transformers, tokenizers and the encoded rows before a weight is read."""
-LIBRARIES = 100e6
-"""Bytes of library code that is read in while a step runs."""
+KERNELS = 70e6
+"""Bytes of buffers and threads of the matrix libraries."""
 HOLES = 0.12
 """Share of what comes and goes in a step that the allocator cannot use again at the highest point."""
 CONTEXT = 0.6e9
@@ -56,26 +56,26 @@ class Room:
     """cpu or cuda: what is added to a step's own bytes."""
 
 
-def around(live: dict[str, int], kind: str, mapped: float, packed: float) -> dict[str, float]:
+def around(live: dict[str, int], kind: str, mapped: float) -> dict[str, float]:
     """Bytes beside living tensors: of the process itself, and of allocator and kernels.
 
-    `mapped` are weights that stay mapped from their file after they were encoded; `packed` the copy of the output
-    matrix that the matrix library makes for its own use.
+    `mapped` are weights that stay mapped from their file after they were encoded: they count as resident, and the
+    system takes them back when it needs the memory.
     """
     passing = sum(live[name] for name in ("gradients", "activations", "logits", "temporary"))
     if kind == "cuda":
         return {"process": CONTEXT, "allocator": ROUNDING * sum(live.values())}
-    return {"process": BASE + LIBRARIES, "allocator": HOLES * passing + packed + mapped}
+    return {"process": BASE, "allocator": HOLES * passing + KERNELS, "file": mapped}
 
 
 def room(name: str | None) -> Room:
-    """This machine, a named device, or a size such as 24GB (10^9 bytes; GiB are 2^30)."""
+    """This machine, a named device, or a size such as 24GB (10^9 bytes; GiB are 2^30), meant as that of a GPU."""
     if not name:
         return this_machine()
     plain = name.lower().replace(" ", "").replace("_", "")
     if plain in DEVICES:
         return Room(plain, DEVICES[plain], "cuda")
-    return Room(name, size_of(name), "")
+    return Room(name, size_of(name), "cuda")
 
 
 def size_of(text: str) -> float:
