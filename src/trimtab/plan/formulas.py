@@ -26,7 +26,6 @@ from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.low_rank import LowRank
 from trimtab.core.method import Placed
-from trimtab.core.registry import find
 from trimtab.core.select import select
 from trimtab.core.transform import Transform
 from trimtab.engine.loss import CHUNK
@@ -103,9 +102,9 @@ def trains(model: nn.Module, parts: Sequence[Placed], quantized: bool) -> Trains
         count, _ = trained_values(model, placed.method, placed.where)
         values += count
         for part in plan(model, placed.method, placed.where):
-            roles = {place.role or "" for place in part.places}
+            roles = {place.role or "" for place in part.places if place.layer is not None}
             plain = isinstance(part.method, LowRank) and type(part.method).forward is LowRank.forward
-            odd = roles - PROJECTIONS - ({""} if isinstance(part.method, find("full")) else set())  # a new head
+            odd = roles - PROJECTIONS
             if odd:
                 raise UserError(f"no formulas for what trains at {', '.join(sorted(odd))}", fix="the dry run counts it")
             if getattr(part.method, "on_bias", False) or part.method.space not in ("weight",):
@@ -120,8 +119,8 @@ def kept_per_layer(shape: Shape, trained: Trains, length: int, value: int) -> fl
     h, k, f, a = shape.width, shape.keys, shape.middle, shape.heads
     into = int(bool(trained.dense & {"q", "k", "v", "qkv"}))
     between = int(bool(trained.dense & {"gate", "up"}))
+    ranks = sum(16 * -(-trained.rank * len(trained.roles & group) // 16) for group in GROUPS if trained.roles)
     if shape.kind == "llama":
-        ranks = sum(16 * -(-trained.rank * len(trained.roles & group) // 16) for group in GROUPS if trained.roles)
         values = 4 * h + 2 * k + 2 * f + ranks
         values += h * bool(trained.roles & {"o"}) + h * into + h * between + f * bool(trained.dense & {"down"})
         return value * values + 4 * a + 8
@@ -133,9 +132,10 @@ def kept_per_layer(shape: Shape, trained: Trains, length: int, value: int) -> fl
         core = (2 * 3 * h) if not shape.attention_dropout else 3 * h + 2 * h
         scores = length * a * (3 * value) if shape.attention_dropout else 4 * a - value * 2 * h
         return value * (2 * h + core + noise + 4 * f + through) + scores + 16
-    through = h * bool(trained.roles & {"q", "k", "v"}) + h * bool(trained.roles & {"o"})
+    through = ranks + h * bool(trained.roles & {"q", "k", "v"}) + h * bool(trained.roles & {"o"})
     through += h * bool(trained.roles & {"up"}) + f * bool(trained.roles & {"down"})
-    matrices = 1 + bool(shape.attention_dropout)
+    through += 2 * h * (length > SHORT and shape.attention_dropout > 0)  # rows gathered for the plain attention
+    matrices = 1 if not shape.attention_dropout else 2 if length <= SHORT else 3
     scores = value * matrices * length * a if length <= SHORT or shape.attention_dropout else value * h + 4 * a
     return value * (3 * h + 2 * h + noise + f + through) + scores + 16
 
@@ -184,7 +184,7 @@ def estimate(
     per_value = rule.state_bytes((4096, 4096)) / 4096**2
     state = round(per_value * live_share)
     layer = T * kept_per_layer(shape, trained, length, value)
-    ends = T * value * 2 * h + terms * value * 2 * h if shape.kind != "bert" else T * value * h
+    ends = T * value * 2 * h + terms * value * 2 * h if shape.kind != "bert" else 3 * T * value * h
     if checkpointing in ("block", "offload"):
         kept, again = shape.layers * T * value * h * (checkpointing == "block"), layer
     elif checkpointing == "sqrt":

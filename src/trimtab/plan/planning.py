@@ -14,11 +14,8 @@ from torch import nn
 from trimtab.core.errors import UserError
 from trimtab.core.method import Placed
 from trimtab.core.select import select
-from trimtab.data.packing import Pack
 from trimtab.engine.checkpointing import stacks_of
-from trimtab.engine.loss import Batch
 from trimtab.models.loading import DTYPES, outline
-from trimtab.models.starters import home, starters
 from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of
 from trimtab.plan.formulas import Estimate, Shape, estimate, trains
 from trimtab.plan.process import Room, around, room
@@ -124,7 +121,7 @@ def whole(
     started: float,
 ) -> Plan:
     """A plan from what the two ways came to."""
-    extra = beside(recipe, live, model, fit)
+    extra = beside(recipe, live, model, fit, DTYPES[recipe.dtype])
     memory = {**live, **{name: round(size) for name, size in extra.items()}}
     peak = sum(memory.values())
     step = sum(live.values())
@@ -286,27 +283,10 @@ def extended(low: Counted, high: Counted, times: float) -> Counted:
     return replace(high, points=tuple(points), **more)
 
 
-def beside(recipe: Recipe, live: dict[str, int], model: Any, fit: Room) -> dict[str, float]:
+def beside(recipe: Recipe, live: dict[str, int], model: Any, fit: Room, dtype: torch.dtype) -> dict[str, float]:
     """What the process holds beside the step's tensors."""
-    value = DTYPES[recipe.dtype].itemsize
+    value = dtype.itemsize
     mapped = 0.0
     if recipe.quantize:
         mapped = sum(value * model.get_submodule(one.module).weight.numel() for one in select(model, "all-linear"))
     return around(live, fit.kind, mapped)
-
-
-def of_batch(recipe: Recipe, task: str, new_modules: Sequence[str], batch: Batch, length: int, job: Any) -> Counted:
-    """The dry run of the very batch that a run will see, its model read anew on the meta device."""
-    model = read_outline(recipe)
-    bench = prepared(recipe, model, task, new_modules, length)
-    bench = replace_bench(bench, job)
-    return dry_run(bench, batch)
-
-
-def replace_bench(bench: Any, job: Any) -> Any:
-    """The bench with what a job has decided by trial."""
-    bench.packed, bench.seam, bench.group = job.packing != "off", job.seam, job.group
-    return bench
-
-
-__all__ = ["Plan", "Pack", "home", "plan", "plan_of", "starters"]

@@ -158,6 +158,9 @@ def resume(directory: str | Path, reporter: Reporter | None = None) -> Result:
 def carry_out(job: Job, tell: Reporter) -> Result:
     """Measure, train, measure, save."""
     record, recipe = job.record, job.recipe
+    if "memory" not in record:
+        tell.stage("predicting the memory")
+        record["memory"] = memory_of(job)
     with job.running():
         if "before" not in record:
             tell.stage("measuring the untuned model")
@@ -186,6 +189,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         "rows_per_second": round(rows / seconds, 3),
         "peak_memory_bytes": rundir.peak_memory(),
     }
+    record["memory"]["measured_bytes"] = record["peak_memory_bytes"]
     rundir.write_record(job.directory, record)
     checkpoint.clear(job.directory)
     try:
@@ -205,6 +209,13 @@ def carry_out(job: Job, tell: Reporter) -> Result:
     )
     tell.finish(result)
     return result
+
+
+def memory_of(job: Job) -> dict[str, Any]:
+    """The predicted memory of a job."""
+    from trimtab.plan.of_run import predicted  # which plans with functions of this file
+
+    return predicted(job)
 
 
 def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
