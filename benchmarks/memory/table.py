@@ -1,6 +1,6 @@
 """Peak memory of a training step: measured by category and as a process, beside what was predicted.
 
-    python benchmarks/memory/table.py [--models smollm2-135m-instruct,minilm-l6] [--methods lora,full] [--points 8x64]
+    python benchmarks/memory/table.py [--models smollm2-135m-instruct,minilm-l6] [--methods 'lora;full'] [--points 8x64]
                                       [--no-lengths] [--steps 3] [--out benchmarks/results/memory.json]
 
 Every cell is two processes of their own: one runs `tune` and reports its peak resident set, one runs the same steps
@@ -43,11 +43,15 @@ METHODS: dict[str, dict[str, Any]] = {
 POINTS = ((8, 64), (4, 256), (1, 1024))
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 LIMITS = {"minilm-l6": 512}
-WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they".split()
+WORDS = (
+    "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they".split()
+)
 CATEGORIES = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporary")
 
 
-def cells(models: list[str], methods: list[str], points: list[tuple[int, int]], lengths: bool) -> Iterator[dict[str, Any]]:
+def cells(
+    models: list[str], methods: list[str], points: list[tuple[int, int]], lengths: bool
+) -> Iterator[dict[str, Any]]:
     """Every measurement: methods at the points, then LoRA over lengths."""
     for model in models:
         for name in methods:
@@ -150,14 +154,19 @@ def measured(cell: dict[str, Any], steps: int) -> dict[str, Any]:
         command = [sys.executable, __file__, "--cell", json.dumps(cell), "--kind", kind, "--steps", str(steps)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
-            return found | {"skipped": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"}
+            return found | {
+                "skipped": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
+            }
         found |= json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
 def markdown(results: dict[str, Any]) -> str:
     """Both tables: the process by cell, the categories beside the prediction."""
-    lines = ["| model | recipe | rows x length | measured peak, MB | predicted, MB | error |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | recipe | rows x length | measured peak, MB | predicted, MB | error |",
+        "|---|---|---|---|---|---|",
+    ]
     more = [f"| model | recipe | rows x length | {' | '.join(CATEGORIES)} | all | predicted | error |"]
     more.append("|---" * (len(CATEGORIES) + 6) + "|")
     for cell in results["cells"].values():
@@ -174,14 +183,16 @@ def markdown(results: dict[str, Any]) -> str:
         whole, foretold = sum(live.values()), sum(memory["predicted"][one] for one in CATEGORIES)
         values = " | ".join(f"{live[one] / 1e6:,.1f}" for one in CATEGORIES)
         more.append(f"{name} {values} | {whole / 1e6:,.1f} | {foretold / 1e6:,.1f} | {foretold / whole - 1:+.1%} |")
-    head = f"# Memory, measured and predicted\n\n{results['machine']}; fp32, one thread; `benchmarks/memory/table.py`.\n"
+    head = (
+        f"# Memory, measured and predicted\n\n{results['machine']}; fp32, one thread; `benchmarks/memory/table.py`.\n"
+    )
     return "\n".join([head, "## The process", "", *lines, "", "## Living tensors by category, MB", "", *more, ""])
 
 
 def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reader.add_argument("--models", default=",".join(MODELS))
-    reader.add_argument("--methods", default=None, help="names of rows, separated by semicolons or commas")
+    reader.add_argument("--methods", default=None, help="names of rows, separated by semicolons")
     reader.add_argument("--points", default=None, help="like 8x64,4x256")
     reader.add_argument("--no-lengths", action="store_true")
     reader.add_argument("--steps", type=int, default=3)
@@ -193,7 +204,9 @@ def main() -> None:
         measure = as_process if asked.kind == "process" else by_category
         print(json.dumps(measure(json.loads(asked.cell), asked.steps)))
         return
-    methods = list(METHODS) if asked.methods is None else [one.strip() for one in asked.methods.replace(";", ",").split(",")]
+    methods = (
+        list(METHODS) if asked.methods is None else [one.strip() for one in asked.methods.split(";")]
+    )
     points = list(POINTS)
     if asked.points:
         points = [(int(rows), int(length)) for rows, length in (one.split("x") for one in asked.points.split(","))]

@@ -46,7 +46,7 @@ WORDS = {
 @click.option("--checkpointing", help="off, block, sqrt, selective or offload.")
 @click.option("--optimizer", help="adamw, adam8, galore, lomo, ...")
 @click.option("--active", help="lisa, badam or gradual_unfreezing.")
-@click.option("--completions", type=click.FloatRange(0, 1), default=1.0, help="Share of a row's tokens that is trained.")
+@click.option("--completions", type=click.FloatRange(0, 1), default=1.0, help="Share of a row's tokens that trains.")
 @click.option("--tokens", type=float, help="Training tokens of the whole run, for its operations.")
 @click.option("--fit", help="A size (24GB) or a device (rtx4090); without --method: list the recipes that fit.")
 @click.pass_context

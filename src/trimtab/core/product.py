@@ -51,7 +51,9 @@ def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
     """The dense frozen weight (out, in) of an unpatched linear in eager mode on plain tensors, else None."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    if torch._C._len_torch_dispatch_stack() > 0 and not only_watched():  # a mode that keeps what single operators return
+    if (
+        torch._C._len_torch_dispatch_stack() > 0 and not only_watched()
+    ):  # a mode that keeps what single operators return
         return None
     if type(base) is not LinearBase:
         return None

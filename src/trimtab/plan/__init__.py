@@ -16,8 +16,8 @@ class _Verb(types.ModuleType):
     def __call__(self, model: str, **recipe: Any) -> Plan:
         """Memory, operations, size and switching time of a recipe on a model known by its `config.json`.
 
-        `recipe` has the fields of a recipe (`method="lora", rank=16, batch_size=4, max_length=512`) and `fit`, a size or
-        a device. Errors: `UserError`, as for a recipe.
+        `recipe` has the fields of a recipe (`method="lora", rank=16, batch_size=4, max_length=512`) and `fit`, a size
+        or a device. Errors: `UserError`, as for a recipe.
         """
         from trimtab.plan.planning import plan
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +38,10 @@ from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.models.loading import DTYPES
 from trimtab.plan.live import Live
 from trimtab.train.recipe import Recipe, build_method
-from trimtab.train.rundir import format_named, quantize_left
 from trimtab.train.run import add_penalties, group_of, placed_parts
+from trimtab.train.rundir import format_named, quantize_left
 from trimtab.train.updates import rule_of, schedule_of
+
 
 @dataclass(frozen=True)
 class Counted:
@@ -95,7 +95,13 @@ def prepared(recipe: Recipe, model: Any, task: str, new_modules: Sequence[str], 
 
 
 def attached(
-    recipe: Recipe, model: Any, task: str, length: int, parts: Sequence[Placed], format: Format | None, kind: torch.dtype
+    recipe: Recipe,
+    model: Any,
+    task: str,
+    length: int,
+    parts: Sequence[Placed],
+    format: Format | None,
+    kind: torch.dtype,
 ) -> Bench:
     """The second half of `prepared`."""
     together = format is not None and any(part.method.takes_out for part in parts)
@@ -134,7 +140,7 @@ def encoded_once(format: Format | None) -> Iterator[None]:
             known[key] = plain(self, W)
         return {name: torch.empty_like(tensor) for name, tensor in known[key].items()}
 
-    with mock.patch.object(cls, "encode", encode):
+    with standing(cls, "encode", encode):
         yield
 
 
@@ -158,7 +164,7 @@ def decoded_once() -> Iterator[None]:
         del room
         return W
 
-    with mock.patch.object(quantized, "_decoded", decoded):
+    with standing(quantized, "_decoded", decoded):
         yield
 
 
@@ -194,7 +200,7 @@ def batch_of(bench: Bench, rows: Sequence[Encoded]) -> Batch:
 
 
 def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
-    """Run a step of training, with the optimizer's state of earlier ones, on the meta device and count what is alive."""
+    """Run one step on the meta device, with the optimizer's state of earlier ones, and count what is alive."""
     model, recipe = bench.model, bench.recipe
     trained = [p for p in model.parameters() if p.requires_grad]
     live = live or Live()
@@ -272,7 +278,7 @@ def gradients_named(trained: Sequence[Tensor], live: Live) -> list[Any]:
         if p.grad is not None:
             live.declare([p.grad], "gradients")
 
-    return [p.register_post_accumulate_grad_hook(named) for p in trained]  # type: ignore[attr-defined]
+    return [p.register_post_accumulate_grad_hook(named) for p in trained]
 
 
 @contextmanager
@@ -286,7 +292,7 @@ def loss_named(live: Live) -> Iterator[None]:
         with live.during("logits"):
             return plain(*args)
 
-    with mock.patch.object(module, "chunked_cross_entropy", counted):
+    with standing(module, "chunked_cross_entropy", counted):
         yield
 
 
@@ -306,7 +312,7 @@ class FusedAdamW:
 
 
 class OwnRule:
-    """An optimizer of ours on the meta device: its state, and what a step makes on the way where that needs no value."""
+    """An optimizer of ours: its state, and what a step makes on the way where that needs no value."""
 
     def __init__(self, optimizer: Optimizer, live: Live) -> None:
         self.optimizer, self.live, self.state = optimizer, live, optimizer.state
@@ -348,6 +354,20 @@ def updates(recipe: Recipe, model: nn.Module, live: Live) -> tuple[Any, Activity
 
 
 # ------------------------------------------------------------------------------------ standing in for trials
+
+
+@contextmanager
+def standing(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another attribute of a module or a class inside."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 @contextmanager
@@ -434,7 +454,7 @@ def standing_in(whole: bool) -> Iterator[None]:
     def answer(self: Tensor) -> bool:
         return whole if self.is_meta else truth(self)
 
-    with mock.patch.object(F, "scaled_dot_product_attention", attention), mock.patch.object(Tensor, "__bool__", answer):
+    with standing(F, "scaled_dot_product_attention", attention), standing(Tensor, "__bool__", answer):
         yield
 
 

@@ -169,13 +169,13 @@ def estimate(
     checkpointing: str,
     active: float = 1.0,
 ) -> Estimate:
-    """The highest point of a step: where the loss is taken, in the first layer that goes back, or with all gradients."""
+    """The highest point of a step: at the loss, in the first layer that goes back, or with all gradients."""
     T, h, f = rows * length, shape.width, shape.middle
     count = sum(p.numel() for p in model.parameters())
     weights = value * count
     if format is not None:
-        linears = [model.get_submodule(place.module).weight.shape for place in select(model, "all-linear")]
-        sizes = [(int(s[0]), int(s[1])) for s in linears]
+        modules: list[Any] = [model.get_submodule(place.module) for place in select(model, "all-linear")]
+        sizes = [(int(one.weight.shape[0]), int(one.weight.shape[1])) for one in modules]
         weights += sum(format.bytes(one) - value * one[0] * one[1] for one in sizes)
     master = 4
     adapter = master * trained.values
@@ -185,6 +185,8 @@ def estimate(
     state = round(per_value * live_share)
     layer = T * kept_per_layer(shape, trained, length, value)
     ends = T * value * 2 * h + terms * value * 2 * h if shape.kind != "bert" else 3 * T * value * h
+    kept: float
+    again: float
     if checkpointing in ("block", "offload"):
         kept, again = shape.layers * T * value * h * (checkpointing == "block"), layer
     elif checkpointing == "sqrt":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,10 +87,10 @@ class Live(TorchDispatchMode):
             category = category if named else known[2]
             self._known[key] = (known[0], size, category)
         else:
-            self._known[key] = (weakref.ref(storage, lambda _, key=key: self._gone(key)), size, category)
+            self._known[key] = (weakref.ref(storage, partial(self._gone, key)), size, category)
         self._add(category, size)
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: Any) -> None:
         known = self._known.pop(key, None)
         if known is not None:
             self._add(known[2], -known[1])

@@ -20,13 +20,15 @@ from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of
 from trimtab.plan.formulas import Estimate, Shape, estimate, trains
 from trimtab.plan.process import Room, around, room
 from trimtab.train.recipe import Recipe, build_method, recipe_from, with_preset
-from trimtab.train.rundir import format_named
 from trimtab.train.run import placed_parts
+from trimtab.train.rundir import format_named
 from trimtab.train.updates import rule_of, schedule_of
 
 DEEP = 28
 """Layers from which a stack is run at two smaller depths, and the rest follows, since layers are alike."""
 DEPTHS = (6, 12)
+UNREAD = 0.9
+"""Share of an embedding's rows that a short run never reads: assumed; it is in no other memory of the process."""
 READING = 1e9
 """Bytes a second at which a saved adapter is read from disk and put in place: assumed, and stated as such."""
 
@@ -66,9 +68,9 @@ class Plan:
 def plan(model: str | Path, *, fit: str | None = None, completions: float = 1.0, **recipe: Any) -> Plan:
     """Memory, operations, size and switching time of a recipe on a model known by its `config.json` alone.
 
-    `recipe` has the fields of a recipe: `method="lora", rank=16, batch_size=4, max_length=512, quantize="nf4"`. Rows are
-    all `max_length` tokens long, and the last `completions` share of each is trained. `fit` is a size (24GB) or a device
-    (rtx4090); default: this machine. Errors: `UserError`, as for a recipe.
+    `recipe` has the fields of a recipe: `method="lora", rank=16, batch_size=4, max_length=512, quantize="nf4"`. Rows
+    are all `max_length` tokens long, and the last `completions` share of each is trained. `fit` is a size (24GB) or a
+    device (rtx4090); default: this machine. Errors: `UserError`, as for a recipe.
     """
     values = {"model": str(model), "data": "-", **recipe}
     return plan_of(recipe_from(values), fit=room(fit), completions=completions)
@@ -145,7 +147,7 @@ def whole(
         switch_seconds=saved / READING,
         room=fit.name,
         room_bytes=round(fit.bytes),
-        fits=peak - memory.get("file", 0) <= fit.bytes,
+        fits=peak - max(0, memory.get("file", 0)) <= fit.bytes,
         notes=tuple(notes),
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -289,4 +291,8 @@ def beside(recipe: Recipe, live: dict[str, int], model: Any, fit: Room, dtype: t
     mapped = 0.0
     if recipe.quantize:
         mapped = sum(value * model.get_submodule(one.module).weight.numel() for one in select(model, "all-linear"))
-    return around(live, fit.kind, mapped)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    table = model.get_input_embeddings()
+    if table is not None and (head is None or head.weight is not table.weight):
+        mapped -= value * table.weight.numel() * UNREAD
+    return around(live, fit.kind, vocabulary_of(model), mapped)

@@ -1,7 +1,7 @@
 """What a process holds beside the step's own tensors, in constants that were measured, and what machines have.
 
 The constants are for a Linux CPU with glibc and torch 2.13, fp32, one thread (`benchmarks/memory/table.py` measures
-them anew). On CUDA the context, its libraries and the allocator's rounding take their place; nothing there was measured.
+them anew). On CUDA the context, its libraries and the allocator's rounding take their place; none of it was measured.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from trimtab.core.errors import UserError, nearest
 
-BASE = 450e6
-"""Bytes of Python, torch, transformers, tokenizers and the encoded rows before a weight is read."""
-KERNELS = 70e6
-"""Bytes of buffers and threads of the matrix libraries."""
-HOLES = 0.12
-"""Share of what comes and goes in a step that the allocator cannot use again at the highest point."""
+BASE = 330e6
+"""Bytes of Python, torch, transformers, the data and plotting libraries before a weight is read."""
+TOKEN = 2.4e3
+"""Bytes of a tokenizer per token of its vocabulary."""
+HOLES, HALF = 0.6, 900e6
+"""Of what comes and goes in a step, x bytes, glibc cannot use HOLES·x²/(x + HALF) again at the highest point: heaps
+of small steps have few holes, those of large ones many. Fitted to SmolLM2 with LoRA from 64 to 2,048 tokens."""
 CONTEXT = 0.6e9
 """Bytes of a CUDA context with its libraries: what is commonly reported, not measured here."""
 ROUNDING = 0.06
@@ -56,16 +57,17 @@ class Room:
     """cpu or cuda: what is added to a step's own bytes."""
 
 
-def around(live: dict[str, int], kind: str, mapped: float) -> dict[str, float]:
+def around(live: dict[str, int], kind: str, vocabulary: int, mapped: float) -> dict[str, float]:
     """Bytes beside living tensors: of the process itself, and of allocator and kernels.
 
-    `mapped` are weights that stay mapped from their file after they were encoded: they count as resident, and the
-    system takes them back when it needs the memory.
+    `mapped` is what a file of weights that stays mapped adds: weights that were read and encoded count as resident
+    until the system needs their memory, and rows of an embedding that no token reads never do (negative).
     """
     passing = sum(live[name] for name in ("gradients", "activations", "logits", "temporary"))
     if kind == "cuda":
         return {"process": CONTEXT, "allocator": ROUNDING * sum(live.values())}
-    return {"process": BASE, "allocator": HOLES * passing + KERNELS, "file": mapped}
+    holes = HOLES * passing**2 / (passing + HALF)
+    return {"process": BASE + TOKEN * vocabulary, "allocator": holes, "file": mapped}
 
 
 def room(name: str | None) -> Room:
