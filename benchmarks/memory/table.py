@@ -155,7 +155,7 @@ def measured(cell: dict[str, Any], steps: int) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             return found | {
-                "skipped": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"
+                "skipped": next((line for line in done.stderr.splitlines() if "Error:" in line), "no reason given")
             }
         found |= json.loads(done.stdout.strip().splitlines()[-1])
     return found
@@ -204,9 +204,7 @@ def main() -> None:
         measure = as_process if asked.kind == "process" else by_category
         print(json.dumps(measure(json.loads(asked.cell), asked.steps)))
         return
-    methods = (
-        list(METHODS) if asked.methods is None else [one.strip() for one in asked.methods.split(";")]
-    )
+    methods = list(METHODS) if asked.methods is None else [one.strip() for one in asked.methods.split(";")]
     points = list(POINTS)
     if asked.points:
         points = [(int(rows), int(length)) for rows, length in (one.split("x") for one in asked.points.split(","))]

@@ -204,11 +204,11 @@ def estimate(
         chunk = min(terms, CHUNK)
         many = terms > CHUNK
         logits = chunk * shape.vocabulary * ((4 + 4 * many) if value == 4 else 6 + 4 * many)
-    rooms = 2 * T * f * value if shape.kind == "llama" else 0
+    rooms = 3 * T * f * value if shape.kind == "llama" else 0
     at_loss = kept + ends + logits + rooms
     back = 6 * T * f * value + 2 * T * h * value if shape.kind == "llama" else 3 * T * f * value
     going_back = kept + ends + again + back
-    at_end = gradients + T * value * 2 * h + rooms * 1.5
+    at_end = gradients + T * value * 2 * h + rooms
     highest = max(at_loss, going_back, at_end)
     live = dict.fromkeys(("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporary"), 0)
     live |= {"weights": weights, "adapter": adapter, "optimizer": state}

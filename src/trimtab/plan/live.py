@@ -40,6 +40,7 @@ class Live(TorchDispatchMode):
         self.at_peak = dict(self.now)
         self.flops = 0
         self._counts: dict[Any, Any] = dict(flop_registry)
+        self._counts |= {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
         self._known: dict[int, tuple[Any, int, str]] = {}
 
     def declare(self, tensors: Iterable[Tensor], category: str) -> None:
