@@ -147,6 +147,7 @@ def _outline(source: str) -> Any:
     return outline(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize(
     "settings",
@@ -162,6 +163,7 @@ def test_both_ways_agree_on_large_models(tmp_path: Path, name: str, settings: di
     assert plan.apart == pytest.approx(0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_depths_foretell_the_whole_stack(tmp_path: Path) -> None:
     source = saved(tmp_path / "deep", LLAMA | {"num_hidden_layers": 30})
     settings = {"dtype": "float32", "batch_size": 2, "max_length": 128, "method": "lora", "where": "all-linear"}
@@ -174,6 +176,7 @@ def test_depths_foretell_the_whole_stack(tmp_path: Path) -> None:
     assert short.trained == whole.trained
 
 
+@pytest.mark.slow
 def test_planning_65b_takes_seconds_and_little_memory(tmp_path: Path) -> None:
     source = large(tmp_path, "llama-65b")
     code = (
@@ -194,6 +197,7 @@ def test_planning_65b_takes_seconds_and_little_memory(tmp_path: Path) -> None:
     assert spent < 30  # imports of a busy machine included; under 10 on a quiet one
 
 
+@pytest.mark.slow
 def test_operations_are_four_and_six_per_weight(tmp_path: Path) -> None:
     source = large(tmp_path, "llama-7b")
     settings = {"dtype": "bfloat16", "batch_size": 1, "max_length": 128}

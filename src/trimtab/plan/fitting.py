@@ -14,8 +14,8 @@ from trimtab.train.recipe import recipe_from
 SOURCE = (
     "Order: averages over eight commonsense tasks on LLaMA-7B (DoRA 78.4, LoRA 74.7, parallel 72.2, series 70.8, "
     "prefix 64.6; arXiv 2402.09353); places of the others are a judgement from other papers' tables: LoReFT beside "
-    "DoRA on these tasks but behind LoRA on arithmetic (2404.03592), NF4 level with 16 bits (2305.14314), full fine-tuning "
-    "first where there is data enough. One model, one seed: differences of a point or two are noise, and "
+    "DoRA on these tasks but behind LoRA on arithmetic (2404.03592), NF4 level with 16 bits (2305.14314), full "
+    "fine-tuning first where there is data enough. One model, one seed: differences of a point or two are noise, and "
     "`trimtab compare` on your own data decides."
 )
 """Where the order of `CANDIDATES` is from."""

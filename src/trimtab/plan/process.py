@@ -18,6 +18,8 @@ TOKEN = 2.4e3
 HOLES, HALF = 0.6, 900e6
 """Of what comes and goes in a step, x bytes, glibc cannot use HOLES·x²/(x + HALF) again at the highest point: heaps
 of small steps have few holes, those of large ones many. Fitted to SmolLM2 with LoRA from 64 to 2,048 tokens."""
+MOST = 1e9
+"""The most of it: larger steps are made of tensors that are mapped one by one. Assumed; 0.7e9 is the most seen."""
 CONTEXT = 0.6e9
 """Bytes of a CUDA context with its libraries: what is commonly reported, not measured here."""
 ROUNDING = 0.06
@@ -66,7 +68,7 @@ def around(live: dict[str, int], kind: str, vocabulary: int, mapped: float) -> d
     passing = sum(live[name] for name in ("gradients", "activations", "logits", "temporary"))
     if kind == "cuda":
         return {"process": CONTEXT, "allocator": ROUNDING * sum(live.values())}
-    holes = HOLES * passing**2 / (passing + HALF)
+    holes = min(HOLES * passing**2 / (passing + HALF), MOST)
     return {"process": BASE + TOKEN * vocabulary, "allocator": holes, "file": mapped}
 
 
