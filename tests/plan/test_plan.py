@@ -64,6 +64,10 @@ LARGE = {
 }
 
 
+def planned(source: str, **settings: Any) -> Any:
+    return tt.plan(recipe_from({"model": source, "data": "-", **settings}))
+
+
 def saved(folder: Path, config: dict[str, Any]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -159,7 +163,7 @@ def _outline(source: str) -> Any:
     ids=["lora", "full", "qlora"],
 )
 def test_both_ways_agree_on_large_models(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
-    plan = tt.plan(large(tmp_path, name), dtype="bfloat16", batch_size=1, max_length=512, **settings)
+    plan = planned(large(tmp_path, name), dtype="bfloat16", batch_size=1, max_length=512, **settings)
     assert plan.apart == pytest.approx(0, abs=0.05)
 
 
@@ -167,7 +171,7 @@ def test_both_ways_agree_on_large_models(tmp_path: Path, name: str, settings: di
 def test_depths_foretell_the_whole_stack(tmp_path: Path) -> None:
     source = saved(tmp_path / "deep", LLAMA | {"num_hidden_layers": 30})
     settings = {"dtype": "float32", "batch_size": 2, "max_length": 128, "method": "lora", "where": "all-linear"}
-    short = tt.plan(source, **settings)
+    short = planned(source, **settings)
     recipe = recipe_from({"model": source, "data": "-", **settings})
     bench = prepared(recipe, _outline(source), "causal", [], 128)
     whole = dry_run(bench, batch_of(bench, rows_of(2, 128, "causal", 1.0, 600)))
@@ -181,8 +185,8 @@ def test_planning_65b_takes_seconds_and_little_memory(tmp_path: Path) -> None:
     source = large(tmp_path, "llama-65b")
     code = (
         "import json, resource, sys, trimtab as tt\n"
-        "p = tt.plan(sys.argv[1], dtype='bfloat16', batch_size=1, max_length=512, where='all-linear', rank=16,\n"
-        "            quantize='nf4-double', checkpointing='block', fit='48GB')\n"
+        "p = tt.plan(tt.Recipe(model=sys.argv[1], dtype='bfloat16', batch_size=1, max_length=512, where='all-linear',\n"
+        "            settings={'rank': 16}, quantize='nf4-double', checkpointing='block'), fit='48GB')\n"
         "print(json.dumps([p.peak_memory_bytes, p.fits, p.memory['weights'], p.trained,\n"
         "                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"
     )
@@ -201,8 +205,8 @@ def test_planning_65b_takes_seconds_and_little_memory(tmp_path: Path) -> None:
 def test_operations_are_four_and_six_per_weight(tmp_path: Path) -> None:
     source = large(tmp_path, "llama-7b")
     settings = {"dtype": "bfloat16", "batch_size": 1, "max_length": 128}
-    low = tt.plan(source, method="lora", where="all-linear", rank=16, **settings)
-    full = tt.plan(source, method="full", **settings)
+    low = planned(source, method="lora", where="all-linear", rank=16, **settings)
+    full = planned(source, method="full", **settings)
     products = 6_738_415_616 - 32000 * 4096  # without the input embedding
     head = 32000 * 4096
     assert low.flops_per_token == pytest.approx(4 * products + 6 * low.trained, rel=0.02)
@@ -255,7 +259,7 @@ def test_sizes_and_devices() -> None:
 def test_a_plan_leaves_random_numbers_and_torch_alone(tmp_path: Path) -> None:
     source = saved(tmp_path / "m", LLAMA)
     attention, truth = torch.nn.functional.scaled_dot_product_attention, "__bool__" in vars(torch.Tensor)
-    tt.plan(source, dtype="float32", batch_size=1, max_length=16)
+    planned(source, dtype="float32", batch_size=1, max_length=16)
     assert torch.nn.functional.scaled_dot_product_attention is attention
     assert ("__bool__" in vars(torch.Tensor)) == truth
 

@@ -55,11 +55,16 @@ def command(
     model: str | None,
     methods: Sequence[str],
     recipes: Sequence[str],
+    batch_size: int | None,
     length: int | None,
+    dtype: str | None,
+    quantize: str | None,
+    checkpointing: str | None,
+    optimizer: str | None,
+    active: str | None,
     completions: float,
     tokens: float | None,
     fit: str | None,
-    **given: Any,
 ) -> dict[str, Any]:
     """Predict the peak memory of a training step by category, its operations, what is saved, and whether it fits.
 
@@ -72,9 +77,9 @@ def command(
     """
     from trimtab.plan.process import room
 
+    given = {"batch_size": batch_size, "max_length": length, "dtype": dtype, "quantize": quantize}
+    given |= {"checkpointing": checkpointing, "optimizer": optimizer, "active": active}
     settings = {key: value for key, value in given.items() if value is not None} | extra(ctx.args)
-    if length is not None:
-        settings["max_length"] = length
     where = room(fit)
     if fit and not methods and not recipes:
         return list_fitting(needed(model), where, settings)

@@ -456,8 +456,18 @@ def standing_in(whole: bool) -> Iterator[None]:
     """
     plain, truth = F.scaled_dot_product_attention, Tensor.__bool__
 
-    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return (flash if query.is_meta else plain)(query, *args, **kwargs)
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        run = flash if query.is_meta else plain
+        return run(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     def answer(self: Tensor) -> bool:
         return whole if self.is_meta else truth(self)

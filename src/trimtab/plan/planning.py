@@ -65,15 +65,14 @@ class Plan:
         return asdict(self)
 
 
-def plan(model: str | Path, *, fit: str | None = None, completions: float = 1.0, **recipe: Any) -> Plan:
+def plan(recipe: Recipe, *, fit: str | None = None, completions: float = 1.0) -> Plan:
     """Memory, operations, size and switching time of a recipe on a model known by its `config.json` alone.
 
-    `recipe` has the fields of a recipe: `method="lora", rank=16, batch_size=4, max_length=512, quantize="nf4"`. Rows
-    are all `max_length` tokens long, and the last `completions` share of each is trained. `fit` is a size (24GB) or a
-    device (rtx4090); default: this machine. Errors: `UserError`, as for a recipe.
+    The recipe needs no data: rows are taken to be all `max_length` tokens long (default 512), and the last
+    `completions` share of each is trained. `fit` is a size (24GB) or a device (rtx4090); default: this machine. Errors:
+    `UserError`, as for `tune`.
     """
-    values = {"model": str(model), "data": "-", **recipe}
-    return plan_of(recipe_from(values), fit=room(fit), completions=completions)
+    return plan_of(recipe, fit=room(fit), completions=completions)
 
 
 def plan_of(recipe: Recipe, *, fit: Room | None = None, completions: float = 1.0) -> Plan:
@@ -295,4 +294,4 @@ def beside(recipe: Recipe, live: dict[str, int], model: Any, fit: Room, dtype: t
     table = model.get_input_embeddings()
     if table is not None and (head is None or head.weight is not table.weight):
         mapped -= value * table.weight.numel() * UNREAD
-    return around(live, fit.kind, vocabulary_of(model), mapped)
+    return around(live, fit.kind, vocabulary_of(model), mapped, coded=bool(recipe.quantize))

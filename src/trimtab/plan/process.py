@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from trimtab.core.errors import UserError, nearest
 
-BASE = 330e6
+BASE = 350e6
 """Bytes of Python, torch, transformers, the data and plotting libraries before a weight is read."""
 TOKEN = 2.4e3
 """Bytes of a tokenizer per token of its vocabulary."""
@@ -20,6 +20,8 @@ HOLES, HALF = 0.6, 900e6
 of small steps have few holes, those of large ones many. Fitted to SmolLM2 with LoRA from 64 to 2,048 tokens."""
 MOST = 1e9
 """The most of it: larger steps are made of tensors that are mapped one by one. Assumed; 0.7e9 is the most seen."""
+CODED = 120e6
+"""Bytes of holes that decoding quantized weights leaves: one measurement, SmolLM2 in NF4."""
 CONTEXT = 0.6e9
 """Bytes of a CUDA context with its libraries: what is commonly reported, not measured here."""
 ROUNDING = 0.06
@@ -59,7 +61,7 @@ class Room:
     """cpu or cuda: what is added to a step's own bytes."""
 
 
-def around(live: dict[str, int], kind: str, vocabulary: int, mapped: float) -> dict[str, float]:
+def around(live: dict[str, int], kind: str, vocabulary: int, mapped: float, coded: bool) -> dict[str, float]:
     """Bytes beside living tensors: of the process itself, and of allocator and kernels.
 
     `mapped` is what a file of weights that stays mapped adds: weights that were read and encoded count as resident
@@ -69,7 +71,7 @@ def around(live: dict[str, int], kind: str, vocabulary: int, mapped: float) -> d
     if kind == "cuda":
         return {"process": CONTEXT, "allocator": ROUNDING * sum(live.values())}
     holes = min(HOLES * passing**2 / (passing + HALF), MOST)
-    return {"process": BASE + TOKEN * vocabulary, "allocator": holes, "file": mapped}
+    return {"process": BASE + TOKEN * vocabulary, "allocator": holes + CODED * coded, "file": mapped}
 
 
 def room(name: str | None) -> Room:
