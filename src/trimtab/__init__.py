@@ -49,6 +49,7 @@ _HOME = {
     "formats": "catalog",
     "presets": "presets",
     "laws": "laws",
+    "plan": "plan",
     "Recipe": "train.recipe",
     "tune": "train.run",
     "search_prompt": "train.prompt_search",
@@ -57,8 +58,8 @@ _HOME = {
 }
 """Public name -> module that defines it. Methods, formats and presets come from their folders instead."""
 
-_MODULES = ("presets", "laws")
-"""Public names that are modules themselves."""
+_MODULES = ("presets", "laws", "plan")
+"""Public names that are modules themselves; `plan` is one that can be called."""
 
 __all__ = sorted(_HOME)
 

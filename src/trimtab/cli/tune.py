@@ -347,11 +347,19 @@ def summary(result: Result) -> str:
     facts = [
         ("trained", f"{result.trainable:,} of {result.total:,} parameters ({share(result.trainable, result.total)})"),
         ("time", f"{duration(result.seconds)}, {result.rows_per_second:.3g} rows/s"),
-        ("peak memory", size(result.peak_memory_bytes)),
+        ("peak memory", size(result.peak_memory_bytes) + expected(result)),
         ("run", str(result.directory)),
     ]
     next_steps = [f"trimtab chat {shell(result.directory)}", f"trimtab inspect {shell(result.directory)}"]
     return "\n".join([lines, "", columns(facts), "", heading("next"), *(f"  {step}" for step in next_steps)])
+
+
+def expected(result: Result) -> str:
+    """What the peak was predicted to be."""
+    predicted = result.record.get("memory", {}).get("predicted_bytes")
+    if not predicted or not result.peak_memory_bytes:
+        return ""
+    return f", predicted {size(predicted)} ({predicted / result.peak_memory_bytes - 1:+.1%})"
 
 
 def shell(path: Path) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from trimtab.core.remake import kept, kept_tensors
 from trimtab.core.site import Base, LinearBase
@@ -50,7 +51,9 @@ def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
     """The dense frozen weight (out, in) of an unpatched linear in eager mode on plain tensors, else None."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    if torch._C._len_torch_dispatch_stack() > 0:  # a mode that keeps or counts what single operators return
+    if (
+        torch._C._len_torch_dispatch_stack() > 0 and not only_watched()
+    ):  # a mode that keeps what single operators return
         return None
     if type(base) is not LinearBase:
         return None
@@ -63,7 +66,12 @@ def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
     if not plain or type(W) is not nn.Parameter or type(x) not in (Tensor, nn.Parameter) or W.dtype != x.dtype:
         return None
     trained = W.requires_grad or (b is not None and b.requires_grad)
-    return None if trained or torch.is_autocast_enabled(x.device.type) else W
+    return None if trained or (not x.is_meta and torch.is_autocast_enabled(x.device.type)) else W
+
+
+def only_watched() -> bool:
+    """Whether every active mode says that it only watches operators, so that one function is as good as several."""
+    return all(getattr(mode, "only_watches", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
@@ -84,7 +92,7 @@ def wide(panels: Sequence[Panel]) -> tuple[Tensor | None, list[Tensor | None], l
     whole = [one.A for one in panels if one.A is not None]
     if not whole:
         return None, [None] * len(panels), starts
-    missing = -total % NARROW if whole[0].device.type == "cpu" else 0
+    missing = -total % NARROW if whole[0].device.type in ("cpu", "meta") else 0
     if missing:
         whole.append(whole[0].new_zeros(missing, whole[0].shape[1]))
     A = whole[0] if len(whole) == 1 else torch.cat(whole)

@@ -84,7 +84,7 @@ def _product(x: Tensor, tensors: Sequence[Tensor], key: str, transposed: bool) -
 
 def _multiplied(x: Tensor, tensors: Sequence[Tensor], key: str, transposed: bool) -> Tensor:
     """x Wᵀ, or x W when transposed; each is the other's gradient."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _times(x, _decoded(tensors, key), transposed)
     return _times(x, _decoded(tensors, key), transposed)
@@ -204,7 +204,7 @@ class Code(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x Wᵀ for x (..., in), in the dtype of x (under autocast, in autocast's)."""
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tensors = list(self.tensors().values())
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

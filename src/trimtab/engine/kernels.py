@@ -130,13 +130,14 @@ _rooms = local()
 
 
 def room(name: str, like: Tensor) -> Tensor:
-    """Uninitialized memory of a tensor's shape for use inside one operation; on a CPU the same every time.
+    """Uninitialized memory of a tensor's shape for use inside one operation; on a CPU (or where one is planned for, on
+    the meta device) the same every time.
 
     Fresh memory costs a CPU more than the arithmetic done on it, and holes between what is kept for backward.
     """
-    if like.device.type != "cpu":
+    if like.device.type not in ("cpu", "meta"):
         return torch.empty_like(like)
-    held, key = _rooms.__dict__, f"{name} {like.dtype}"
+    held, key = _rooms.__dict__, f"{name} {like.dtype} {like.device.type}"
     if key not in held or held[key].numel() < like.numel():
         held[key] = like.new_empty(like.numel())
     return held[key][: like.numel()].view(like.shape)

@@ -205,6 +205,9 @@ def prepared_again(directory: Path, tell: Reporter, ranks: Ranks) -> Job:
 def carry_out(job: Job, tell: Reporter) -> Result:
     """Measure, train, measure, save."""
     record, recipe, ranks = job.record, job.recipe, job.ranks
+    if "memory" not in record and ranks.size == 1:
+        tell.stage("predicting the memory")
+        record["memory"] = memory_of(job)
     if job.sharded:
         with ranks.agreeing():
             from trimtab.engine.shards import shard
@@ -240,6 +243,8 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         "rows_per_second": round(rows / seconds, 3),
         "peak_memory_bytes": rundir.peak_memory(),
     }
+    if "memory" in record:
+        record["memory"]["measured_bytes"] = record["peak_memory_bytes"]
     ranks.told(lambda: rundir.write_record(job.directory, record))
     if ranks.first:
         checkpoint.clear(job.directory)
@@ -260,6 +265,13 @@ def carry_out(job: Job, tell: Reporter) -> Result:
     )
     tell.finish(result)
     return result
+
+
+def memory_of(job: Job) -> dict[str, Any]:
+    """The predicted memory of a job."""
+    from trimtab.plan.of_run import predicted  # which plans with functions of this file
+
+    return predicted(job)
 
 
 def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:

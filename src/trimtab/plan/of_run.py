@@ -1,0 +1,59 @@
+"""The memory that a run is about to need, predicted from its own heaviest batch before it trains."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from trimtab.core.errors import UserError
+from trimtab.data.batches import batches
+from trimtab.plan.dry_run import dry_run, prepared
+from trimtab.plan.planning import beside, new_modules_of, read_outline
+from trimtab.plan.process import Room
+
+FAILURES = (UserError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError)
+"""What a model or method may do on the meta device; a run goes on without its prediction."""
+
+
+def predicted(job: Any) -> dict[str, Any]:
+    """`predicted_bytes` of a prepared job's process and its parts by category, or `reason` why there are none.
+
+    The step is that of the first epoch's heaviest batch. Global random state is left as it was.
+    """
+    started = time.perf_counter()
+    recipe, length = job.recipe, max(len(row.ids) for row in job.train_rows)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = read_outline(recipe).to(getattr(torch, job.record["model"]["dtype"]))
+            bench = prepared(recipe, model, job.task, new_modules_of(model, job.task), length)
+            bench.packed, bench.seam, bench.group = job.packing != "off", job.seam, job.group
+            counted = dry_run(bench, heaviest(job))
+            kind = "cuda" if job.device.type == "cuda" else "cpu"
+            extra = beside(recipe, counted.live, read_outline(recipe), Room("", 0, kind), model_dtype(job))
+    except FAILURES as error:
+        return {"predicted_bytes": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+    parts = {**counted.live, **{name: round(size) for name, size in extra.items()}}
+    spent = round(time.perf_counter() - started, 3)
+    return {"predicted_bytes": sum(parts.values()), "predicted": parts, "seconds": spent}
+
+
+def model_dtype(job: Any) -> torch.dtype:
+    """The floating type of the frozen weights."""
+    found: torch.dtype = getattr(torch, job.record["model"]["dtype"])
+    return found
+
+
+def heaviest(job: Any) -> Any:
+    """The micro-batch of most tokens in the first epoch."""
+    size, padded = job.recipe.batch_size, job.packing == "off"
+    order = batches(job.train_rows, size * job.recipe.accumulation, job.recipe.seed, 0, by_length=padded)
+    micro = [rows[at : at + size] for rows in order[: job.steps] for at in range(0, len(rows), size)]
+
+    def tokens(rows: Any) -> int:
+        lengths = [len(job.train_rows[row].ids) for row in rows]
+        return max(lengths) * len(lengths) if padded else sum(lengths)
+
+    rows = max(micro, key=tokens)
+    return job.together([job.train_rows[row] for row in rows])
