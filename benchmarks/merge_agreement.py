@@ -30,7 +30,7 @@ from trimtab.interop.opening import opened
 
 RESULTS = Path(__file__).parent / "results" / "merge_agreement.json"
 MEASURE = """
-import json, pathlib, sys, torch, transformers
+import json, pathlib, sys, threading, torch, transformers
 from trimtab.interop import shards
 from trimtab.interop.saved import open_saved
 source, adapter, target = map(pathlib.Path, sys.argv[1:])
@@ -38,13 +38,19 @@ config = transformers.AutoConfig.from_pretrained(source)
 with torch.device("meta"):
     plan = transformers.AutoModelForCausalLM.from_config(config)
 saved = open_saved(adapter)
-def memory(which):
+def anonymous():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
-pathlib.Path("/proc/self/clear_refs").write_text("5")
-before = memory("VmRSS")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+before, seen, done = anonymous(), [], threading.Event()
+def watch():
+    while not done.wait(0.001):
+        seen.append(anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
 changed = shards.merge_shards(plan, saved, source, target)
-print(json.dumps({"before": before, "more": memory("VmHWM") - before, "changed": changed}))
+done.set()
+watcher.join()
+print(json.dumps({"before": before, "more": max(seen) - before, "changed": changed}))
 """
 
 

@@ -149,7 +149,7 @@ def refuse(model: nn.Module, saved: Saved) -> None:
 @torch.no_grad()
 def edited(edit: Edit, stored: Tensor) -> Tensor:
     """A tensor of the checkpoint with its deltas applied, in fp32 at least and rounded once."""
-    wide = stored.float() if stored.element_size() < 4 else stored.clone()
+    wide = stored.float() if stored.element_size() < 4 else stored
     if edit.is_bias:
         for delta in edit.deltas:
             method: Any = delta.method
@@ -188,12 +188,12 @@ def merge_file(source: Path, target: Path, edits: Mapping[str, Edit]) -> int:
             if name not in edits:
                 copy(read, write, end - begin)
                 continue
-            raw = bytearray(read.read(end - begin))
             kind = DTYPES.get(header[name]["dtype"])
             if kind is None:
                 raise UserError(f"merge: {name} is stored as {header[name]['dtype']}, which is not merged into")
-            stored = torch.frombuffer(raw, dtype=kind).reshape(header[name]["shape"])
+            stored = torch.frombuffer(bytearray(read.read(end - begin)), dtype=kind).reshape(header[name]["shape"])
             write.write(bytes_of(edited(edits[name], stored)))
+            del stored  # before the next one is read
             done += 1
     return done
 
