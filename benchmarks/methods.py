@@ -42,7 +42,7 @@ from trimtab.models.starters import quiet_transformers
 from trimtab.train.interrupt import Stopped
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import Job, prepare, train, width_of
+from trimtab.train.run import PROBE_RATE, Job, prepare, train, width_of
 from trimtab.train.rundir import peak_memory, versions
 
 RESULTS = Path(__file__).parent / "results" / "methods"
@@ -97,19 +97,19 @@ class Entry:
     made: Any
     """The method, or the parts of a preset: only to know the rate and to name the run."""
     kind: str = "method"
-    factor: float = 1.0
-    """On that rate: a small head alone wants a larger one."""
+    fixed: float | None = None
+    """A rate in place of that one: a new head alone wants a larger one."""
 
     def rate(self, width: int) -> float:
-        return float(parts_of(self.made)[0][0].rate(width)) * self.factor
+        return self.fixed or float(parts_of(self.made)[0][0].rate(width))
 
 
 def compared(task: Task, globs: Sequence[str]) -> list[Entry]:
     """The references, and every method and preset of the registry that a glob names; equal ones once."""
-    lora = attachable("lora", "methods")
+    lora, probe = attachable("lora", "methods"), None if task.causal else PROBE_RATE
     found = [
         Entry("untuned", {"method": "lora"}, lora, "reference"),
-        Entry("head only", {"method": "lora"}, lora, "reference", 1.0 if task.causal else 10.0),
+        Entry("head only", {"method": "lora"}, lora, "reference", probe),
         Entry("full fine-tuning", {"method": "full", "where": "all"}, attachable("full", "methods"), "reference"),
     ]
     seen: list[Any] = []
@@ -122,7 +122,7 @@ def compared(task: Task, globs: Sequence[str]) -> list[Entry]:
         seen.append(made)
         quantize = "quantize" in describe(name, kind)["needs"]
         recipe = {"method": name} | ({"quantize": "nf4"} if quantize else {})
-        found.append(Entry(name, recipe, made, kind.removesuffix("s")))
+        found.append(Entry(name, recipe, made, kind.removesuffix("s"), probe if name == "headonly" else None))
     return [one for one in found if any(fnmatchcase(one.name, glob) for glob in globs)]
 
 
@@ -182,7 +182,7 @@ class Bench:
 
     def key(self, entry: Entry, factor: float, seed: int) -> str:
         """What makes a run this run: rows, budget, method with its settings, rate and seed."""
-        about = [asdict(self.task), self.rows, entry.name, dict(entry.recipe), to_json(entry.made), entry.factor]
+        about = [asdict(self.task), self.rows, entry.name, dict(entry.recipe), to_json(entry.made), entry.fixed]
         about += [factor, seed]
         return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
 

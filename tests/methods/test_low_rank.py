@@ -459,3 +459,18 @@ def test_dora_is_never_built_densely() -> None:
         method = laws.small(tt.methods()["magnitude"](inner=tt.methods()[name]()))
         (case,) = (one for one in laws.cases(method) if law.speaks_of(one) and one.storage.name == "fp32")
         assert law.verdict(case), law.verdict(case)
+
+
+def test_a_schedule_that_does_not_fit_a_run_is_laid_out_within_it() -> None:
+    assert tt.AdaLoRA().over(1000) == tt.AdaLoRA()
+    short = tt.AdaLoRA().over(40)
+    assert (short.begin, short.end, short.every) == (4, 28, 2)
+    assert (short.kept(3), short.kept(28)) == (12, 8)
+    assert tt.DeltaLoRA().over(501) == tt.DeltaLoRA()
+    assert tt.DeltaLoRA().over(500).warmup == 50
+    assert tt.ReLoRA().over(3001) == tt.ReLoRA()
+    assert tt.ReLoRA().over(400).every == 100
+    assert tt.LoRA().over(1) == tt.LoRA()
+    nested = tt.Magnitude(inner=tt.AdaLoRA())
+    assert nested.over(40) == tt.Magnitude(inner=short)
+    assert nested.over(1000) is nested

@@ -44,3 +44,14 @@ def test_rows_are_padded_for_a_method_that_needs_torchs_attention(values: dict[s
         with job.running():
             assert job.measure()["rows"] > 0
     assert packings == {"lora": "plain", "llama_adapter": "off"}
+
+
+def test_a_head_alone_trains_at_a_rate_of_its_own(values: dict[str, Any], tmp_path: Path) -> None:
+    """Full fine-tuning's rate would hardly move it."""
+    rates = {}
+    for method in ("headonly", "full"):
+        rates[method] = prepare(
+            recipe_from(values | {"method": method, "output": str(tmp_path / method)}), Reporter()
+        ).rate
+    assert rates["headonly"] == 0.02
+    assert rates["full"] < 0.002

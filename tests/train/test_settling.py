@@ -52,3 +52,17 @@ def test_a_run_ends_sparse_and_resumes_to_the_same_bytes(recipe: Recipe, name: s
         stopped_at(job, directory, step)
         resume(directory)
         assert adapter(directory) == adapter(tmp_path / "whole")
+
+
+def test_adalora_gives_out_its_ranks_within_a_short_run(recipe: Recipe, tmp_path: Path) -> None:
+    """Its own schedule begins at step 100; the run has 9 steps and ends with the mean rank it was asked for."""
+    from safetensors.torch import load
+
+    job = replace(recipe, method="adalora", settings={"rank": 4, "target": 2}, output=str(tmp_path / "run"))
+    result = tune(job)
+    stored = load(adapter(result.directory))
+    own = [one for key, one in stored.items() if key.endswith("_proj.lambda_")]
+    ranks = [int((one != 0).sum()) for one in own]
+    assert len(ranks) == 14
+    assert sum(ranks) == 2 * len(ranks)
+    assert len(set(ranks)) > 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -85,6 +85,12 @@ class Method(ABC):
     def penalty(self, p: Any) -> Tensor | None:
         """A term added to the loss for one site (orthogonality, sparsity), or None."""
         return None
+
+    def over(self, steps: int) -> Method:
+        """This method for a run of so many steps, where a schedule of its own would not end in them; else itself."""
+        inner = {field.name: getattr(self, field.name) for field in fields(self)}
+        laid = {name: one.over(steps) for name, one in inner.items() if isinstance(one, Method)}
+        return replace(self, **laid) if any(one is not inner[name] for name, one in laid.items()) else self
 
     def on_step(self, p: Any, step: int) -> None:
         """Called after each optimizer step, its gradients still there (re-allocation); nothing by default."""

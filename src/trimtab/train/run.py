@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 MEASURED_ROWS = 256
 SECONDS_BETWEEN = 60.0
 """Seconds between checkpoints where the recipe does not say."""
+PROBE_RATE = 2e-2
+"""Learning rate where only a new head trains, on frozen features: at the rate of full fine-tuning it hardly moves."""
 RECENT = 40
 """Losses of the last steps in which divergence is looked for."""
 
@@ -395,8 +397,9 @@ def prepare(
 
     `loaded` is the recipe's model where it is in memory already, with nothing attached to it.
     """
-    method, rule, schedule = build_method(recipe), rule_of(recipe), schedule_of(recipe)
+    method = build_method(recipe)
     recipe = with_preset(recipe, method)
+    rule, schedule = rule_of(recipe), schedule_of(recipe)
     names_in(recipe.track)
     directory = rundir.new_directory(recipe) if directory is None else directory
     if recipe.threads:
@@ -436,6 +439,10 @@ def prepare(
     for note in (*loaded.notes, *train_rows.report.notes):
         tell.note(note)
 
+    steps_per_epoch = math.ceil(len(train_rows) / (recipe.batch_size * recipe.accumulation))
+    steps = recipe.steps or max(1, math.ceil(recipe.epochs * steps_per_epoch))
+    parts = [laid_out(part, steps, tell) for part in parts]
+
     tell.stage("attaching")
     pad_id = loaded.tokenizer.pad_token_id
     format = rundir.format_named(recipe.quantize) if recipe.quantize else None
@@ -455,7 +462,9 @@ def prepare(
     for part in attached:
         tell.note(f"{type(part.method).__name__} at {len(part.places)} sites ({part.where})")
     refuse(Point(recipe, rule, schedule, [part.method for part in attached], model, ranks.size))
-    natural = float(f"{parts[0].method.rate(width_of(model)) * rule.relative_rate:.2g}")
+    only_new = {place.module for part in attached for place in part.places} <= set(loaded.new_modules)
+    own_rate = PROBE_RATE if only_new else parts[0].method.rate(width_of(model))
+    natural = float(f"{own_rate * rule.relative_rate:.2g}")
     rate = recipe.learning_rate if recipe.learning_rate is not None else natural
     tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {rate:g}")
     longest = max(len(row.ids) for part_rows in (train_rows, heldout_rows) for row in part_rows)
@@ -467,8 +476,6 @@ def prepare(
     if group is not None:
         tell.note(f"attention while training: in groups of {group} tokens, half of the heads shifted")
 
-    steps_per_epoch = math.ceil(len(train_rows) / (recipe.batch_size * recipe.accumulation))
-    steps = recipe.steps or max(1, math.ceil(recipe.epochs * steps_per_epoch))
     record = {
         "status": "running",
         "task": task,
@@ -627,6 +634,17 @@ def worded(part: Placed, tokenizer: Any) -> Placed:
         return part
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     return Placed(dataclasses.replace(part.method, tokens=ids), part.where)  # type: ignore[call-arg]
+
+
+def laid_out(part: Placed, steps: int, tell: Reporter) -> Placed:
+    """The same part; a method whose schedule would not end within the run gets one that does, and says so."""
+    method = part.method.over(steps)
+    if method == part.method:
+        return part
+    now, before = to_json(method), to_json(part.method)
+    changed = listing(f"{key} {before[key]} -> {now[key]}" for key in now if now[key] != before[key])
+    tell.note(f"{type(method).__name__} in a run of {steps} steps: {changed}")
+    return Placed(method, part.where)
 
 
 def measured(

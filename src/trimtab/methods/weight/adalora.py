@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +77,14 @@ class AdaLoRA(LowRank):
         eye = torch.eye(self.rank, device=p.P.device, dtype=p.P.dtype)
         off = [torch.linalg.matrix_norm(M - eye).sum() for M in (p.P.mT @ p.P, p.Q @ p.Q.mT)]
         return (self.orthogonality / matrices) * (off[0] + off[1])
+
+    def over(self, steps: int) -> AdaLoRA:
+        """Where `end` is behind the last step: from a tenth of the run to seven tenths."""
+        if self.end <= steps:
+            return self
+        begin = max(1, steps // 10)
+        end = max(begin, 7 * steps // 10)
+        return replace(self, begin=begin, end=end, every=min(self.every, max(1, (end - begin) // 10)))
 
     def kept(self, step: int) -> float:
         """The mean rank that a step leaves."""

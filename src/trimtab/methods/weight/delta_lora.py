@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +43,10 @@ class DeltaLoRA(LowRank):
         A = nn.init.kaiming_uniform_(torch.empty(self.rank, site.in_features), a=math.sqrt(5))
         B = torch.zeros(site.out_features, self.rank)
         return {"A": nn.Parameter(A), "B": nn.Parameter(B), "A_K": torch.zeros_like(A), "B_K": torch.zeros_like(B)}
+
+    def over(self, steps: int) -> DeltaLoRA:
+        """Where the run would end in the warmup: a warmup of a tenth of it."""
+        return self if self.warmup < steps else replace(self, warmup=steps // 10)
 
     def count(self, site: Site) -> int:
         return self.rank * (site.in_features + site.out_features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +58,10 @@ class ReLoRA(LowRank):
 
     def factors(self, p: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return (self.alpha / self.rank) * torch.cat([p.B, p.past_B], 1), torch.cat([p.A, p.past_A], 0)
+
+    def over(self, steps: int) -> ReLoRA:
+        """Where the last restart is behind the last step: rounds of equal length."""
+        return self if self.every * self.restarts < steps else replace(self, every=max(1, steps // (self.restarts + 1)))
 
     def restarts_at(self, step: int) -> bool:
         """Whether this step ends a round."""
