@@ -19,7 +19,7 @@ from trimtab.models.loading import DTYPES, outline
 from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of
 from trimtab.plan.formulas import Estimate, Shape, estimate, trains
 from trimtab.plan.process import Room, around, room
-from trimtab.train.recipe import Recipe, build_method, recipe_from, with_preset
+from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.run import placed_parts
 from trimtab.train.rundir import format_named
 from trimtab.train.updates import rule_of, schedule_of
