@@ -52,6 +52,8 @@ _HOME = {
     "Recipe": "train.recipe",
     "tune": "train.run",
     "search_prompt": "train.prompt_search",
+    "Setup": "compare.setup",
+    "compare": "compare.contest",
 }
 """Public name -> module that defines it. Methods, formats and presets come from their folders instead."""
 

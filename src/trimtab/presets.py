@@ -25,6 +25,12 @@ def LongLoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, group: in
     return Parts([*dense, low], {"attention": "shifted", "group": group})
 
 
+def QLoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Parts:
+    """LoRA on all linears over NF4 with double quantization, AdamW's state paged (arXiv 2305.14314)."""
+    low = find("lora")(rank=rank, alpha=alpha, dropout=dropout).at("all-linear")
+    return Parts([low], {"quantize": "nf4-double", "optimizer": "paged"})
+
+
 def UntiedLoReFT(rank: int = 4, first: int = 7, last: int = 7) -> object:
     """LoReFT with tensors of their own for the first and the last tokens of the prompt (arXiv 2404.03592)."""
     return find("untied")(inner=find("loreft")(rank=rank, first=first, last=last))

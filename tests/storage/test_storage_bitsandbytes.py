@@ -13,6 +13,8 @@ from torch import Tensor
 
 from trimtab.storage.absmax import Absmax
 from trimtab.storage.dynamic8 import MAPS, Dynamic8
+from trimtab.storage.fp4 import FP4
+from trimtab.storage.fp4 import LEVELS as FP4_LEVELS
 from trimtab.storage.nf4 import LEVELS, MIDPOINTS, NF4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,6 +82,7 @@ def test_the_dynamic_maps_are_the_same(bnb: Any) -> None:
     for signed in (True, False):
         assert torch.equal(MAPS[signed], bnb.create_dynamic_map(signed))
     assert torch.equal(LEVELS, bnb.get_4bit_type("nf4", device="cpu"))
+    torch.testing.assert_close(FP4_LEVELS, bnb.get_4bit_type("fp4", device="cpu"), rtol=0, atol=1e-8)
 
 
 @given(case=inputs, block_size=st.sampled_from([32, 64, 128, 4096]), double=st.booleans())
@@ -88,11 +91,12 @@ def test_the_dynamic_maps_are_the_same(bnb: Any) -> None:
 @example(case=(64 * 300, "heavy", torch.bfloat16, 1), block_size=64, double=True)
 @example(case=(640, "halfway", torch.float32, 2), block_size=64, double=False)
 @example(case=(65, "zeros", torch.float32, 2), block_size=64, double=False)
-def test_nf4(bnb: Any, case: tuple[int, str, torch.dtype, int], block_size: int, double: bool) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits(bnb: Any, kind: str, case: tuple[int, str, torch.dtype, int], block_size: int, double: bool) -> None:
     W = values(case)
-    method = NF4(block_size, double=double)
+    method = NF4(block_size, double=double) if kind == "nf4" else FP4(block_size, double=double)
     code = method.encode(W)
-    packed, state = bnb.quantize_4bit(W.clone(), blocksize=block_size, compress_statistics=double, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(W.clone(), blocksize=block_size, compress_statistics=double, quant_type=kind)
     assert torch.equal(code["codes"], packed)
     if double:
         assert torch.equal(code["absmax_codes"], state.absmax)

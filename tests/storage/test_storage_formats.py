@@ -20,6 +20,7 @@ from trimtab.storage.absmax import Absmax
 from trimtab.storage.affine import Affine
 from trimtab.storage.dense import Dense
 from trimtab.storage.dynamic8 import Dynamic8
+from trimtab.storage.fp4 import FP4
 from trimtab.storage.nf4 import LEVELS, MIDPOINTS, NF4, nearest
 from trimtab.storage.pruned import Pruned
 
@@ -35,6 +36,9 @@ FORMATS: list[Format] = [
     NF4(),
     NF4(block_size=7),
     NF4(double=True),
+    FP4(),
+    FP4(7),
+    FP4(double=True),
     NF4(scale=Absmax(256)),
     NF4(scale=Dynamic8(256, center=True)),
     Affine(),
@@ -72,6 +76,9 @@ def bound(method: Format, W: Tensor) -> Tensor:
         case NF4():
             absmax = per_block(method.block_size)
             return absmax * 0.1521 + (0 if method.scale is None else absmax.max() * 0.0075)
+        case FP4():
+            absmax = per_block(method.block_size)
+            return absmax * 0.16667 + (0 if method.scale is None else absmax.max() * 0.0075)
         case Pruned():
             gone = flat.abs().sort().values[: int(method.sparsity * flat.numel())]
             return torch.where(W.abs() <= gone[-1:].sum(), W.abs(), 0.0)
@@ -111,6 +118,7 @@ def test_bits_are_the_stored_bytes(method: Format, shape: tuple[int, int]) -> No
     ("method", "bits"),
     [
         (NF4(), 4.5),
+        (FP4(), 4.5),
         (NF4(double=True), 4 + 8 / 64 + 32 / (64 * 256) + 32 / 4096**2),
         (Absmax(), 8 + 32 / 4096),
         (Absmax(256), 8.125),
@@ -149,14 +157,18 @@ def test_encoding_what_was_decoded_gives_the_same_codes(method: Format) -> None:
             assert torch.equal(same, ~negative), "a negative extreme is clipped, and only that"
             whole = same.repeat_interleave(256).view(64, 96)
             assert torch.equal(code["codes"][whole], again["codes"][whole])
+        case FP4():  # of its two zeros the other may be taken
+            assert torch.equal(method.decode({**code, "codes": again["codes"]}, W.shape), method.decode(code, W.shape))
         case _:
             assert torch.equal(
                 code["codes" if "codes" in code else "values"], again["codes" if "codes" in code else "values"]
             )
-    nested = isinstance(method, NF4) and method.scale is not None
+    nested = isinstance(method, NF4 | FP4) and method.scale is not None
     if not nested and not isinstance(method, Dynamic8):
         for key, value in code.items():
-            tolerance = 0.0 if isinstance(method, NF4 | Dense | Pruned) else 1e-5
+            if isinstance(method, FP4) and key == "codes":
+                continue
+            tolerance = 0.0 if isinstance(method, NF4 | FP4 | Dense | Pruned) else 1e-5
             torch.testing.assert_close(again[key], value, rtol=tolerance, atol=tolerance)
 
 
@@ -199,7 +211,7 @@ def test_extreme_magnitudes(method: Format, scale: float) -> None:
         return
     W = torch.linspace(-1, 1, 64).view(2, 32) * scale
     decoded = method.decode(method.encode(W), (2, 32))
-    slack = 1e-37 if isinstance(method, NF4 | Dynamic8 | Affine) else 1e-7 if isinstance(method, Dense) else 1e-43
+    slack = 1e-37 if isinstance(method, NF4 | FP4 | Dynamic8 | Affine) else 1e-7 if isinstance(method, Dense) else 1e-43
     allowed = bound(method, W / scale).double() * scale if scale > 1 else bound(method, W).double()
     assert ((decoded.double() - W.double()).abs() <= allowed * (1 + 1e-5) + slack).all()
 

@@ -21,6 +21,7 @@ from trimtab.storage.absmax import Absmax
 from trimtab.storage.affine import Affine
 from trimtab.storage.dense import Dense
 from trimtab.storage.dynamic8 import MAPS, Dynamic8
+from trimtab.storage.fp4 import FP4
 from trimtab.storage.nf4 import LEVELS, NF4
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 150))
@@ -84,6 +85,20 @@ def test_dynamic8(shape: tuple[int, int], block_size: int, seed: int, signed: bo
         close(code["offset"], np.array([offset]))
     codes = code["codes"].numpy().astype(np.int64)
     close(method.decode(code, shape), oracle_dynamic8.decode(codes, absmax, offset, block_size, wide(MAPS[signed])))
+
+
+@pytest.mark.parametrize("block_size", [7, 64])
+def test_fp4_takes_the_nearest_of_its_levels(block_size: int) -> None:
+    """Its levels are floats of one sign bit, two of exponent and one of mantissa, the smallest of them subnormal."""
+    W, method = matrix((12, 35), 3), FP4(block_size)
+    floats = [0.0, 0.0625, *(2.0**power * mantissa for power in (1, 2, 3) for mantissa in (1.0, 1.5))]
+    levels = np.array([sign * one / 12 for one in floats for sign in (-1, 1)])
+    flat, found = wide(W).reshape(-1), wide(method.decode(method.encode(W), (12, 35))).reshape(-1)
+    for start in range(0, flat.size, block_size):
+        block = flat[start : start + block_size]
+        absmax = np.abs(block).max()
+        wanted = levels[np.abs(block[:, None] / absmax - levels).argmin(1)] * absmax
+        np.testing.assert_allclose(found[start : start + block_size], wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_the_levels_of_nf4_follow_from_normal_quantiles() -> None:

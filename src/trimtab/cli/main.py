@@ -21,6 +21,8 @@ COMMANDS = {
     "quickstart": "Fetch a small model, tune it on shipped data, show the difference.",
     "tune": "Train an adapter from a model and a data file.",
     "plan": "Predict memory, operations and size before anything is loaded.",
+    "compare": "Find the method for your model and data, with intervals.",
+    "eval": "Measure a run or a model on a data file.",
     "verify": "Check a recipe on its own model and rows, without training.",
     "chat": "Talk to a tuned model.",
     "inspect": "Show what is in a run or an adapter, without loading the model.",

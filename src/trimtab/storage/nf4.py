@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 
@@ -11,16 +10,8 @@ from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
-from trimtab.storage._blocks import (
-    block_absmax,
-    blocks,
-    checked,
-    lookup,
-    pieces,
-    positive,
-    scale_blocks,
-    unpack_table,
-)
+from trimtab.storage._blocks import positive, unpack_table
+from trimtab.storage._four_bit import bits_of_four, decode_four_bits, encode_four_bits, encode_scales
 from trimtab.storage.dynamic8 import Dynamic8
 
 LEVELS = torch.tensor(
@@ -48,7 +39,6 @@ LEVELS = torch.tensor(
 MIDPOINTS = (LEVELS[:-1] + LEVELS[1:]) / 2
 PAIRS = unpack_table(LEVELS, 4)
 
-TINY = 1e-38
 CELLS = 32
 """Cells per unit in which `nearest` looks first: narrower than any two midpoints are apart."""
 _cell_of = ((MIDPOINTS + 1) * CELLS).int()
@@ -103,37 +93,11 @@ class NF4(Format):
             object.__setattr__(self, "scale", twice)
 
     def encode(self, W: Tensor) -> dict[str, Tensor]:
-        flat = checked(W, "NF4").view(-1)
-        count, size = flat.numel(), self.block_size
-        full = count // size * size
-        absmax = block_absmax(flat, size)
-        if full < count:
-            absmax[-1].clamp_(min=TINY)
-        codes = torch.full((count + count % 2,), 7, dtype=torch.uint8, device=W.device)
-        for piece in pieces(full, size):
-            part = flat[piece].clone()
-            scale_blocks(part, 1.0 / absmax[piece.start // size : piece.stop // size].clamp(min=TINY), size)
-            codes[piece] = nearest(part.clamp_(-1, 1))
-        if full < count:
-            codes[full:count] = nearest((flat[full:] / absmax[-1]).clamp_(-1, 1))
-        packed = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
-        if self.scale is None:
-            return {"codes": packed, "absmax": absmax}
-        return {"codes": packed, **{f"absmax_{key}": value for key, value in self.scale.encode(absmax).items()}}
+        packed, absmax = encode_four_bits(W, "NF4", self.block_size, nearest, zero=7)
+        return {"codes": packed, **encode_scales(absmax, self.scale)}
 
     def decode(self, code: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        count = math.prod(shape)
-        flat = lookup(code["codes"].view(-1), PAIRS)[:count]
-        return scale_blocks(flat, self._absmax(code, count), self.block_size).view(shape)
+        return decode_four_bits(code, shape, PAIRS, self.block_size, self.scale)
 
     def bits(self, shape: tuple[int, ...]) -> float:
-        count = math.prod(shape)
-        scales = blocks(count, self.block_size)
-        each = 32.0 if self.scale is None else self.scale.bits((scales,))
-        return (8 * ((count + 1) // 2) + each * scales) / count
-
-    def _absmax(self, code: Mapping[str, Tensor], count: int) -> Tensor:
-        if self.scale is None:
-            return code["absmax"].float()
-        nested = {key.removeprefix("absmax_"): value for key, value in code.items() if key.startswith("absmax_")}
-        return self.scale.decode(nested, (blocks(count, self.block_size),))
+        return bits_of_four(shape, self.block_size, self.scale)

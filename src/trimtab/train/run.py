@@ -343,8 +343,9 @@ def prepare(recipe: Recipe, tell: Reporter, directory: Path | None = None, *, lo
 
     `loaded` is the recipe's model where it is in memory already, with nothing attached to it.
     """
-    method, rule, schedule = build_method(recipe), rule_of(recipe), schedule_of(recipe)
+    method = build_method(recipe)
     recipe = with_preset(recipe, method)
+    rule, schedule = rule_of(recipe), schedule_of(recipe)
     names_in(recipe.track)
     directory = rundir.new_directory(recipe) if directory is None else directory
     if recipe.threads:
