@@ -66,3 +66,14 @@ def test_adalora_gives_out_its_ranks_within_a_short_run(recipe: Recipe, tmp_path
     assert len(ranks) == 14
     assert sum(ranks) == 2 * len(ranks)
     assert len(set(ranks)) > 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_classifiers_settle_too(name: str, tmp_path: Path) -> None:
+    """Their logits have a graph of their own, which must be gone when tensors change their shape."""
+    rows = [{"text": f"{one} cat", "label": "short" if len(one) < 5 else "long"} for one in WORDS]
+    model = save_model(tmp_path / "bert", chat=False, architecture="bert")
+    values: dict[str, Any] = {"model": str(model), "data": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    values |= {"method": name, "settings": SETTINGS[name], "batch_size": 4, "steps": 8, "heldout": "4"}
+    result = tune(recipe_from(values | {"device": "cpu", "output": str(tmp_path / "run")}))
+    assert result.after["loss"] < 2

@@ -313,10 +313,10 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                 for _ in update.passes():
                     loss = 0.0
                     for batch, counts in micro:
-                        summed, _ = loss_sum(model, batch, job.task)
+                        summed, outputs = loss_sum(model, batch, job.task)
                         (summed * counts / terms).backward()
                         loss += float(summed.detach()) * counts / terms
-                        del summed  # its graph knows the trained tensors in their old shape, which `settle` may change
+                        del summed, outputs  # their graph knows tensors in the old shape, which `settle` may change
                     loss = ranks.add_up(update.trained, loss)
                     add_penalties(deltas)
 
