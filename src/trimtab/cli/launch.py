@@ -9,18 +9,15 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from trimtab.cli.verb import INTERRUPTED, USER_ERROR
+from trimtab.cli.verb import INTERRUPTED, TOLD
 from trimtab.core.errors import UserError, listing
 
-TOLD = "TRIMTAB_TOLD"
-"""Names the directory where a started process leaves its last words for the one that started it."""
 OWN_FLAGS = ("--nproc", "--restarts")
 PATIENCE = 10
 """Seconds that processes have to end after one of them has failed."""
@@ -103,22 +100,3 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def is_other_rank() -> bool:
-    """Whether this process is one of several and not the first: it prints nothing."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return several and "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0"
-
-
-def last_words(message: str, fix: str | None, code: int = USER_ERROR, *, lost: bool = False) -> bool:
-    """Leave an error to the process that started this one, which tells it; whether there is one."""
-    folder = os.environ.get(TOLD)
-    if not folder or "RANK" not in os.environ:
-        return False
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    words = {"message": message, "fix": fix, "code": code, "lost": lost, "time": time.time(), "attempt": attempt}
-    path = Path(folder) / f"{attempt}-{os.environ['RANK']}.json"
-    path.with_suffix(".partial").write_text(json.dumps(words), encoding="utf-8")
-    path.with_suffix(".partial").replace(path)
-    return True

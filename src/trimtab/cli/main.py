@@ -14,8 +14,7 @@ from typing import Any
 import click
 
 from trimtab import __version__
-from trimtab.cli.launch import is_other_rank, last_words
-from trimtab.cli.verb import INTERRUPTED, USER_ERROR, emit
+from trimtab.cli.verb import INTERRUPTED, USER_ERROR, emit, is_other_rank, last_words
 from trimtab.core.errors import UserError, listing, nearest
 
 COMMANDS = {

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.launch import is_other_rank, launch, without_own
-from trimtab.cli.verb import Verb, columns, duration, figure, heading, say, share, size
+from trimtab.cli.launch import launch, without_own
+from trimtab.cli.verb import Verb, columns, duration, figure, heading, is_other_rank, say, share, size
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.train.recipe import (
     ALIASES,

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
 USER_ERROR, INTERRUPTED = 2, 130
+TOLD = "TRIMTAB_TOLD"
+"""Names the directory where a started process leaves its last words for the one that started it."""
 
 
 class Verb(click.Command):
@@ -127,3 +132,22 @@ def share(part: float, whole: float) -> str:
 def counted(count: int, what: str) -> str:
     """`1 site`, `14 sites`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def is_other_rank() -> bool:
+    """Whether this process is one of several and not the first: it prints nothing."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return several and "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def last_words(message: str, fix: str | None, code: int = USER_ERROR, *, lost: bool = False) -> bool:
+    """Leave an error to the process that started this one, which tells it; whether there is one."""
+    folder = os.environ.get(TOLD)
+    if not folder or "RANK" not in os.environ:
+        return False
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    words = {"message": message, "fix": fix, "code": code, "lost": lost, "time": time.time(), "attempt": attempt}
+    path = Path(folder) / f"{attempt}-{os.environ['RANK']}.json"
+    path.with_suffix(".partial").write_text(json.dumps(words), encoding="utf-8")
+    path.with_suffix(".partial").replace(path)
+    return True
