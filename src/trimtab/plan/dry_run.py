@@ -109,7 +109,7 @@ def attached(
         quantize_left(model, format)
     wanted = sorted({part.method.statistics for part in parts if part.method.statistics})
     if wanted:
-        raise UserError(f"dry run: the method starts from what is measured ({', '.join(wanted)})")
+        raise UserError(f"the method starts from what is measured ({', '.join(wanted)})")
     masters = torch.float32 if kind in (torch.bfloat16, torch.float16) else None
     attach(model, parts, seed=recipe.seed, dtype=masters, quantize=format if together else None)
     if format is not None and together:

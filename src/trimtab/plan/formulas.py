@@ -26,6 +26,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.low_rank import LowRank
 from trimtab.core.method import Placed
+from trimtab.core.registry import find
 from trimtab.core.select import select
 from trimtab.core.transform import Transform
 from trimtab.engine.loss import CHUNK
@@ -107,8 +108,9 @@ def trains(model: nn.Module, parts: Sequence[Placed], quantized: bool) -> Trains
             odd = roles - PROJECTIONS
             if odd:
                 raise UserError(f"no formulas for what trains at {', '.join(sorted(odd))}", fix="the dry run counts it")
-            if getattr(part.method, "on_bias", False) or part.method.space not in ("weight",):
-                continue
+            if not (plain or isinstance(part.method, find("full"))) or getattr(part.method, "dropout", 0.0):
+                name = type(part.method).__name__
+                raise UserError(f"no formulas for {name} as it is set", fix="the dry run counts it")
             (low if plain and not quantized else dense).update(roles)
             rank = max(rank, int(getattr(part.method, "rank", 0) or 0))
     return Trains(frozenset(low), frozenset(dense), rank, values)

@@ -91,8 +91,9 @@ def plan_of(recipe: Recipe, *, fit: Room | None = None, completions: float = 1.0
     try:
         counted = counts(recipe, blank, task, length, completions, vocabulary)
         dry, flops = counted.live, float(counted.flops)
-    except UserError as error:
-        notes.append(error.message)
+    except (UserError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        notes.append(f"no dry run: {reason}")
         counted = None
     second = read_outline(recipe) if counted is not None else blank
     try:
@@ -101,7 +102,8 @@ def plan_of(recipe: Recipe, *, fit: Room | None = None, completions: float = 1.0
         notes.append(error.message)
     live = dry if dry is not None else formula.live if formula is not None else None
     if live is None:
-        raise UserError(f"plan: neither way knows {recipe.method} on {recipe.model}: " + "; ".join(notes))
+        reasons = "; ".join(dict.fromkeys(notes))
+        raise UserError(f"plan: neither way knows {recipe.method} on {recipe.model}: {reasons}")
     values = trained_of(recipe, read_outline(recipe), task) if counted is None else counted.trained
     saved = 4 * values
     return whole(recipe, live, dry, formula, second, fit, values, saved, flops, length, notes, started)
