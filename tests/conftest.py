@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before anything imports torch or transformers: both read these once.
@@ -26,6 +27,18 @@ settings.load_profile("trimtab")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-snapshots", action="store_true", help="rewrite tests/snapshots instead of comparing")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_cpu_without_bfloat16() -> Iterator[None]:
+    """`dtype: auto` is float32 on every machine: figures in tests are those of float32."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            if hasattr(torch.cpu, probe):
+                patch.setattr(torch.cpu, probe, lambda: False)
+        yield
 
 
 @pytest.fixture(autouse=True)
