@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lisa": {"method": "full", "active": "lisa"},
     "galore": {"method": "full", "optimizer": "galore"},
     "lomo": {"method": "full", "optimizer": "lomo"},
-    "badam": {"method": "full", "active": "badam"},
+    "badam": {"method": "full", "active": "badam", "active_outside": True},
     "apollo": {"method": "full", "optimizer": "apollo"},
     "peqa": {"method": "peqa"},
     "lora, checkpointed": {"method": "lora", "rank": 16, "where": "all-linear", "checkpointing": "block"},

@@ -108,7 +108,9 @@ def trains(model: nn.Module, parts: Sequence[Placed], quantized: bool) -> Trains
             odd = roles - PROJECTIONS
             if odd:
                 raise UserError(f"no formulas for what trains at {', '.join(sorted(odd))}", fix="the dry run counts it")
-            if not (plain or isinstance(part.method, find("full"))) or getattr(part.method, "dropout", 0.0):
+            method: Any = part.method
+            rate: Any = getattr(method, "dropout", None)
+            if not (plain or type(method) is find("full")) or rate:
                 name = type(part.method).__name__
                 raise UserError(f"no formulas for {name} as it is set", fix="the dry run counts it")
             (low if plain and not quantized else dense).update(roles)
