@@ -274,6 +274,10 @@ def test_the_command_and_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [one["recipe"]["method"] for one in plans] == ["lora", "full"]
     assert plans[0]["recipe"]["settings"] == {"rank": "4"}
     assert plans[0]["peak_memory_bytes"] == sum(plans[0]["memory"].values())
+    assert main([*command, "--method", "bit_fit,lora"]) == 0
+    one, other = json.loads(capsys.readouterr().out)["plans"]
+    assert "has a bias" in one["problem"]
+    assert other["recipe"]["method"] == "lora"
     assert main(["plan", "--model", source, "--method", "lora", "--rnak", "4"]) == 2
     assert "rank" in capsys.readouterr().err
     assert main([*command, "--fit", "1.1GB"]) == 0

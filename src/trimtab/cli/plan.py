@@ -83,9 +83,19 @@ def command(
     where = room(fit)
     if fit and not methods and not recipes:
         return list_fitting(needed(model), where, settings)
-    plans = [planned(values, where, completions) for values in wanted(model, methods, recipes, settings)]
-    say("\n\n".join(told(one, tokens) for one in plans))
-    documents = [one.document() | ({"flops": tokens * one.flops_per_token} if tokens else {}) for one in plans]
+    documents: list[dict[str, Any]] = []
+    asked = wanted(model, methods, recipes, settings)
+    for values in asked:
+        try:
+            one = planned(values, where, completions)
+        except UserError as problem:
+            if len(asked) == 1:
+                raise
+            say(f"{heading(str(values.get('method', 'lora')))}: {problem.message}\n")
+            documents.append({"method": values.get("method"), "problem": problem.message})
+            continue
+        say(told(one, tokens) + ("" if values is asked[-1] else "\n"))
+        documents.append(one.document() | ({"flops": tokens * one.flops_per_token} if tokens else {}))
     return documents[0] if len(documents) == 1 else {"plans": documents}
 
 
