@@ -388,6 +388,7 @@ def commit(
     state.adapters[adapter.name] = adapter
     state.active = (*state.active, adapter.name)
     state.rows = None
+    state.kept.clear()
     wanted = [place.module for part, *_ in work if reads_batch(part.method) for place in part.places]
     if wanted:
         batches.install_hooks(model, state, wanted)
@@ -429,6 +430,7 @@ def detach(model: nn.Module, name: str | None = None, where: str | None = None) 
         del state.adapters[one]
     state.active = tuple(other for other in state.active if other in state.adapters)
     state.rows = None
+    state.kept.clear()
     if SHARED in model._modules and not len(model._modules[SHARED]):  # type: ignore[arg-type]
         del model._modules[SHARED]
     if not any(reads_batch(part.method) for adapter in state.adapters.values() for part in adapter.parts):
@@ -483,7 +485,18 @@ def prune(model: nn.Module, state: State, names: Sequence[str], where: str) -> l
 
 
 def activate(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) -> nn.Module:
-    """Choose the adapters in use: a name, a tuple (stacked), None (the base alone), or a list of them, one per row."""
+    """Choose the adapters in use: a name, a tuple (stacked), None (the base alone), or a list of them, one per row.
+
+    Rows of a list run through grouped products where the methods allow it, else through a loop over the adapters. What
+    is stacked for the groups is forgotten here, so an adapter whose values were written past autograd's sight (`.data`)
+    is read anew after it.
+    """
+    rearrange(model, names).kept.clear()
+    return model
+
+
+def rearrange(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) -> State:
+    """As `activate`, but what is stacked for grouped rows stays: for loops whose rows come and go."""
     state = require_state(model, "activate")
     per_row: list[tuple[str, ...]] | None = None
     if isinstance(names, list):
@@ -504,7 +517,7 @@ def activate(model: nn.Module, names: str | tuple[str, ...] | list[Any] | None) 
         state.rows = per_row
     else:
         state.active, state.rows = tuple(flat), None
-    return model
+    return state
 
 
 def dtype_and_device(model: nn.Module, place: Place) -> tuple[torch.dtype, torch.device]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import Batch
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.core.grouped import Kept, grouped
 from trimtab.core.method import Method, WeightMethod
 from trimtab.core.site import Base, Edited, Known, splice
 
@@ -138,6 +139,8 @@ class State:
     hooks: list[Any] = field(default_factory=list)
     padded: list[Any] = field(default_factory=list)
     """torch's encoders that would pack padded rows into nested tensors, which no method takes; kept from it."""
+    kept: Kept = field(default_factory=Kept)
+    """Stacked factors of the rows' adapters; forgotten when other adapters are activated."""
 
     def row_groups(self, size: int) -> list[tuple[tuple[str, ...], list[int]]]:
         """Batch rows by the adapters they use. A batch of k·rows (beams, flattened tokens) repeats each row k times."""
@@ -147,11 +150,17 @@ class State:
                 f"activate: the batch has {size} rows and {len(self.rows)} adapter names were given",
                 fix="give one name (or None) per row, or activate one adapter for all rows",
             )
+        found = None if torch.compiler.is_compiling() else self.kept.get("groups")
+        if found is not None and found[0] is self.rows and found[1] == size:
+            return found[2]  # type: ignore[no-any-return]
         groups: dict[tuple[str, ...], list[int]] = {}
         repeat = size // len(self.rows)
         for row in range(size):
             groups.setdefault(self.rows[row // repeat], []).append(row)
-        return list(groups.items())
+        listed = list(groups.items())
+        if not torch.compiler.is_compiling():
+            self.kept["groups"] = (self.rows, size, listed)
+        return listed
 
 
 class Deltas(nn.ModuleDict):
@@ -201,9 +210,10 @@ class Deltas(nn.ModuleDict):
             self.heard.clear()
             return out
         y = base(x)
-        out = y
-        for names, rows in self.state.row_groups(x.shape[0]):
-            if any(delta.adapter in names for delta in self.values()):
+        groups = self.state.row_groups(x.shape[0])
+        out, done = grouped(self, x, y, base, groups)
+        for names, rows in groups:
+            if names not in done and any(delta.adapter in names for delta in self.values()):
                 index = torch.tensor(rows, device=x.device)
                 part = x.index_select(0, index)
                 batch = base.batch.of_rows(names, index) if base.batch is not None else None

@@ -171,7 +171,8 @@ class RawDeltas(Deltas):
 
     def compute(self, module: nn.Module, layout: RawWeight) -> dict[str, Tensor | None]:
         """The edited weight and bias of one layout."""
-        if self.state.rows is not None:
+        rows = self.state.rows
+        if rows is not None and any(delta.adapter in names for delta in self.values() for names in rows):
             raise UserError(
                 f"activate: {type(module).__name__} reads its weights raw, so its rows cannot use different adapters",
                 fix="activate one adapter for all rows, or leave these modules out of `where`",
@@ -180,7 +181,7 @@ class RawDeltas(Deltas):
         assert stored is not None
         W = layout.canonical(stored)
         for key, delta in self.items():
-            if self.layouts[key] == layout and delta.adapter in self.state.active:
+            if rows is None and self.layouts[key] == layout and delta.adapter in self.state.active:
                 W, b = edit_raw(delta, W, b, layout)  # type: ignore[arg-type]
         return {layout.name: layout.stored(W, stored), layout.bias_name or "": b}
 

@@ -51,6 +51,11 @@ class LowRank(WeightMethod):
             return base(x) + base.affine(dropout(x, rate, p), A) @ B.mT
         return low_rank_product(x, base, A, B)
 
+    def added(self, p: Any, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """The factors; not while dropout or a forward of a method's own is at work in training."""
+        trains = p.training and (getattr(self, "dropout", 0.0) or type(self).forward is not LowRank.forward)
+        return None if trains else self.factors(p, shape)
+
     def row_norm(self, base: Base, p: Any) -> Tensor:
         """‖W + BA‖ per row = √(‖W‖² + Σ (2·W Aᵀ + B(AAᵀ))∘B), without the (out, in) sum."""
         B, A = self.factors(p, base.shape)

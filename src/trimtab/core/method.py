@@ -82,6 +82,11 @@ class Method(ABC):
         """B0 (out, rank) and A0 (rank, in), scales included, whose product a quantized weight is encoded without."""
         return None
 
+    def added(self, p: Any, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """B (out, k) and A (k, in) where `forward` is base(x) + (x Aᵀ)Bᵀ as things stand, so that rows with different
+        adapters can share batched products; None where it is not, or not while training."""
+        return None
+
     def penalty(self, p: Any) -> Tensor | None:
         """A term added to the loss for one site (orthogonality, sparsity), or None."""
         return None
