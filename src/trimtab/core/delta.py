@@ -183,6 +183,26 @@ class Deltas(nn.ModuleDict):
         super().__init__()
         self.__dict__["state"], self.__dict__["stack"] = state, stack
         self.__dict__["sources"], self.__dict__["ears"], self.__dict__["heard"] = (), {}, {}
+        self.__dict__["index"] = None
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self.__dict__["index"] = None
+        super().__setitem__(key, module)
+
+    def __delitem__(self, key: str) -> None:
+        self.__dict__["index"] = None
+        super().__delitem__(key)
+
+    def of(self, names: Sequence[str]) -> list[Delta]:
+        """The deltas of these adapters in the order they were attached, without a look at all the others."""
+        index = self.__dict__["index"]
+        if index is None:
+            index = {}
+            for place, (key, delta) in enumerate(self.items()):
+                index.setdefault(delta.adapter, []).append((place, key))
+            self.__dict__["index"] = index
+        places = sorted(place for name in set(names) for place in index.get(name, ()))
+        return [self._modules[key] for _, key in places]  # type: ignore[misc]
 
     @property
     def batch(self) -> Batch | None:
@@ -199,9 +219,8 @@ class Deltas(nn.ModuleDict):
 
     def over(self, base: Base, names: Sequence[str]) -> Base:
         """The base with the deltas of these adapters stacked on it."""
-        for delta in self.values():
-            if delta.adapter in names:
-                base = Edited(base, delta, delta.rows)  # type: ignore[arg-type]
+        for delta in self.of(names):
+            base = Edited(base, delta, delta.rows)
         return base
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
@@ -213,7 +232,7 @@ class Deltas(nn.ModuleDict):
         groups = self.state.row_groups(x.shape[0])
         out, done = grouped(self, x, y, base, groups)
         for names, rows in groups:
-            if names not in done and any(delta.adapter in names for delta in self.values()):
+            if names not in done and self.of(names):
                 index = torch.tensor(rows, device=x.device)
                 part = x.index_select(0, index)
                 batch = base.batch.of_rows(names, index) if base.batch is not None else None

@@ -125,8 +125,8 @@ def grouped(deltas: Deltas, x: Tensor, y: Tensor, base: Base, groups: Sequence[R
     """The frozen output `y` with what all groups add whose additions are products; and which groups these are."""
     if len(groups) < 2 or not isinstance(base, LinearBase) or x.ndim < 2 or x.dtype != y.dtype or refused(x):
         return y, set()
-    used = {names: [delta for delta in deltas.values() if delta.adapter in names] for names, _ in groups}
-    used = {names: found for names, found in used.items() if found and all(map(stackable, found))}  # type: ignore[arg-type]
+    used = {names: deltas.of(names) for names, _ in groups}
+    used = {names: found for names, found in used.items() if found and all(map(stackable, found))}
     if len(used) < 2:
         return y, set()
     graph = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(map(asks, used.values())))
@@ -197,7 +197,7 @@ def factors_of(found: Sequence[Delta], x: Tensor, base: Base) -> tuple[Tensor, T
 
 
 def fresh(
-    used: dict[Names, list[Any]], x: Tensor, base: Base
+    used: dict[Names, list[Delta]], x: Tensor, base: Base
 ) -> tuple[tuple[Names, ...], Tensor, Tensor] | None:
     """Stacks of this forward alone, through which gradients flow."""
     pairs = {names: pair for names, found in used.items() if (pair := factors_of(found, x, base)) is not None}
@@ -210,7 +210,7 @@ def fresh(
 
 
 def kept(
-    deltas: Deltas, used: dict[Names, list[Any]], x: Tensor, base: Base
+    deltas: Deltas, used: dict[Names, list[Delta]], x: Tensor, base: Base
 ) -> tuple[tuple[Names, ...], Tensor, Tensor] | None:
     """Stacks that stay for the next forward, brought up to date."""
     memory = deltas.state.kept

@@ -110,24 +110,42 @@ def tokens(
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterator[int]) -> Iterator[str]:
-    """Text for token ids as they come: each piece is what the newest tokens add to the ones before them.
+    """Text for token ids as they come: each piece is what the newest tokens add to the ones before them."""
+    growing = Growing(tokenizer)
+    for token in ids:
+        if piece := growing.add(token):
+            yield piece
+    if rest := growing.rest():
+        yield rest
+
+
+class Growing:
+    """The text of tokens that come one by one. A piece never ends within a character.
 
     Only the tokens of the last two pieces are decoded again, so that the cost of a piece does not grow.
     """
-    seen: list[int] = []
-    context = shown = 0
-    before = ""
-    for token in ids:
-        seen.append(token)
-        now = tokenizer.decode(seen[context:], skip_special_tokens=True)
-        if now.endswith(HALF) or len(now) <= len(before):
-            continue
-        yield now[len(before) :]
-        context, shown = shown, len(seen)
-        before = tokenizer.decode(seen[context:shown], skip_special_tokens=True)
-    rest = tokenizer.decode(seen[context:], skip_special_tokens=True)
-    if len(rest) > len(before):
-        yield rest[len(before) :]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.seen: list[int] = []
+        self.context = self.shown = 0
+        self.before = ""
+
+    def add(self, token: int) -> str:
+        """What a token adds to the text; empty while it is part of a character."""
+        self.seen.append(token)
+        now = self.tokenizer.decode(self.seen[self.context :], skip_special_tokens=True)
+        if now.endswith(HALF) or len(now) <= len(self.before):
+            return ""
+        piece = now[len(self.before) :]
+        self.context, self.shown = self.shown, len(self.seen)
+        self.before = self.tokenizer.decode(self.seen[self.context : self.shown], skip_special_tokens=True)
+        return piece
+
+    def rest(self) -> str:
+        """What was held back, once no more tokens come."""
+        now = self.tokenizer.decode(self.seen[self.context :], skip_special_tokens=True)
+        return now[len(self.before) :]
 
 
 def steps(
@@ -215,16 +233,26 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[
     return frozenset(found | {token for token in ending if token in special})
 
 
-def room_of(model: nn.Module) -> int:
-    """How many tokens, prompt and answer together, the model has positions for; virtual tokens take theirs."""
+def room_of(model: nn.Module, names: Sequence[str] | None = None) -> int:
+    """How many tokens, prompt and answer together, the model has positions for; virtual tokens take theirs.
+
+    Of all attached adapters (None), or of those in `names`.
+    """
     config = getattr(model, "config", None)
     text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return 1 << 30
+    return positions - virtual_of(model, names)
+
+
+def virtual_of(model: nn.Module, names: Sequence[str] | None = None) -> int:
+    """How many positions the virtual tokens of all attached adapters (None), or of those in `names`, take."""
     state = model.__dict__.get("_trimtab")
-    parts = [part for adapter in state.adapters.values() for part in adapter.parts] if state else []
-    return positions - sum(getattr(part.method, "virtual_tokens", 0) for part in parts)
+    if state is None:
+        return 0
+    parts = [part for name in (state.adapters if names is None else names) for part in state.adapters[name].parts]
+    return sum(getattr(part.method, "virtual_tokens", 0) for part in parts)
 
 
 def check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
