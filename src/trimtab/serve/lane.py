@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.attach import rearrange
-from trimtab.core.delta import state_of
-from trimtab.core.errors import UserError
+from trimtab.core.delta import require_state, state_of
+from trimtab.core.errors import UserError, listing
 from trimtab.evaluate.generate import room_of, virtual_of
 
 
@@ -132,6 +132,16 @@ def most_virtual(model: nn.Module, rows: Sequence[Row]) -> int:
     return max(virtual_of(model, row.names) for row in rows)
 
 
+def slides(model: nn.Module) -> bool:
+    """Whether any layer sees a window of the last tokens only."""
+    config = getattr(model, "config", None)
+    text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        return any("sliding" in kind or "chunked" in kind for kind in kinds)
+    return bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True)
+
+
 def check_cache(model: nn.Module) -> None:
     """Refuse a model that does not keep plain keys and values, one column for every token."""
     from transformers import DynamicCache
@@ -146,6 +156,14 @@ def check_cache(model: nn.Module) -> None:
         rearrange(model, None)
     with torch.no_grad():
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    if slides(model) and virtual_of(model):
+        state = require_state(model, "serve")
+        with_tokens = [name for name in state.adapters if virtual_of(model, [name])]
+        raise UserError(
+            f"serve: {type(model).__name__} attends within a window, where the virtual tokens of "
+            f"{listing(with_tokens)} would be at other distances in a batch than alone",
+            fix="trimtab chat runs them one at a time; other methods can be served",
+        )
     shapes = {tuple(layer.keys.shape[2:3]) for layer in held(cache) if getattr(layer, "keys", None) is not None}
     odd = [type(layer).__name__ for layer in cache.layers if type(layer).__name__ != "DynamicLayer"]
     if shapes != {(length,)} or odd:
