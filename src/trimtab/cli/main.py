@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "Predict memory, operations and size before anything is loaded.",
     "verify": "Check a recipe on its own model and rows, without training.",
     "chat": "Talk to a tuned model.",
+    "serve": "Serve a model and its adapters over HTTP.",
     "inspect": "Show what is in a run or an adapter, without loading the model.",
     "merge": "Fold an adapter into its model and save a plain model.",
     "convert": "Turn an adapter into another format: PEFT, plain LoRA, GGUF.",

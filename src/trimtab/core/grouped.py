@@ -84,11 +84,10 @@ class Stacks:
         rank = max([A.shape[0] for _, A in factors.values()], default=0)
         old = {names: at for at, names in enumerate(self.held) if names is not None and names not in factors}
         if self.A is None or self.B is None or not self.fits(len(wanted), rank):
-            A, B = next(iter(factors.values()), (self.B, self.A))[::-1] if factors else (self.A, self.B)
-            assert A is not None and B is not None
+            B, A = next(iter(factors.values()), (self.B, self.A))
             rank = max(rank, self.A.shape[1] if old and self.A is not None else 0)
-            new_A = A.new_zeros(len(wanted), rank, A.shape[-1])
-            new_B = B.new_zeros(len(wanted), B.shape[-2], rank)
+            new_A = A.new_zeros(len(wanted), rank, A.shape[-1])  # type: ignore[union-attr]
+            new_B = B.new_zeros(len(wanted), B.shape[-2], rank)  # type: ignore[union-attr]
             self.held, kept = [None] * len(wanted), [names for names in wanted if names in old]
             for at, names in enumerate(kept):
                 self.held[at] = names
@@ -196,9 +195,7 @@ def factors_of(found: Sequence[Delta], x: Tensor, base: Base) -> tuple[Tensor, T
     return torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs])
 
 
-def fresh(
-    used: dict[Names, list[Delta]], x: Tensor, base: Base
-) -> tuple[tuple[Names, ...], Tensor, Tensor] | None:
+def fresh(used: dict[Names, list[Delta]], x: Tensor, base: Base) -> tuple[tuple[Names, ...], Tensor, Tensor] | None:
     """Stacks of this forward alone, through which gradients flow."""
     pairs = {names: pair for names, found in used.items() if (pair := factors_of(found, x, base)) is not None}
     if len(pairs) < 2:
@@ -217,7 +214,9 @@ def kept(
     stacks = memory.setdefault(id(deltas), Stacks())
     if stacks.A is not None and (stacks.A.dtype, stacks.A.device) != (x.dtype, x.device):
         stacks = memory[id(deltas)] = Stacks()
-    wanted = {names: tuple(map(stamp, (one for delta in found for one in tensors(delta)))) for names, found in used.items()}
+    wanted = {
+        names: tuple(map(stamp, (one for delta in found for one in tensors(delta)))) for names, found in used.items()
+    }
     without = memory.setdefault("without", {})  # what was found to have no factors, as long as it is unchanged
     wanted = {names: marks for names, marks in wanted.items() if without.get((id(deltas), names)) != marks}
     if stacks.stamps != wanted:
@@ -235,7 +234,8 @@ def kept(
     elif len(wanted) < 2:
         return None
     count = len(wanted)
-    assert stacks.A is not None and stacks.B is not None
+    assert stacks.A is not None
+    assert stacks.B is not None
     return tuple(stacks.held[:count]), stacks.A[:count], stacks.B[:count]  # type: ignore[return-value]
 
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+WAKE_SECONDS = 0.5
+"""How long an idle engine sleeps before it looks whether it should stop."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Text that is certain now, and the tokens chosen since the last piece."""
@@ -59,7 +63,7 @@ class Job:
     adapter: str | None
     max_tokens: int
     tell: Callable[[Piece | Done | Failed], None]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
     cancelled: bool = False
     row: Row = field(init=False)
@@ -100,12 +104,12 @@ class Engine:
         """Begin to answer."""
         self.thread.start()
 
-    def stop(self) -> None:
+    def stop(self, *, wait: bool = True) -> None:
         """Let no more step begin, and tell everyone who waits."""
         with self.changed:
             self.stopping = True
             self.changed.notify()
-        if self.thread.is_alive():
+        if wait and self.thread.is_alive():
             self.thread.join()
 
     def submit(self, job: Job) -> None:
@@ -142,7 +146,8 @@ class Engine:
         """Step until stopped."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.stopping or self.waiting or self.running)
+                while not (self.stopping or self.waiting or self.running):
+                    self.changed.wait(WAKE_SECONDS)  # a signal handler can only set `stopping`
                 if self.stopping:
                     break
                 free = self.limit - len(self.running)

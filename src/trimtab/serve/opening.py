@@ -138,9 +138,7 @@ def found_in(directory: Path) -> dict[str, Path]:
         raise UserError(f"serve: {directory} is not a directory")
     inside = [one for one in sorted(directory.iterdir()) if one.is_dir()]
     found = {
-        one.name: one
-        for one in inside
-        if (one / RUN_RECORD).is_file() or (one / RECORD).is_file() or is_foreign(one)
+        one.name: one for one in inside if (one / RUN_RECORD).is_file() or (one / RECORD).is_file() or is_foreign(one)
     }
     if not found:
         raise UserError(f"serve: there is no run and no adapter in {directory}", fix="--adapter NAME=DIR names one")
