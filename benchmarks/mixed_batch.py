@@ -3,8 +3,8 @@
     python benchmarks/mixed_batch.py [--rows 16] [--rank 8] [--tokens 64] [--rounds 15]
 
 SmolLM2-135M-Instruct with `--rows` LoRA adapters on all linears, drawn at random with B ≠ 0. One process runs three
-ways in turns, so that a busy machine slows all of them alike: every row with the same adapter, every row with its own in
-grouped products, and every row with its own in a loop over the adapters. Timed are the forward of rows of `--tokens`
+ways in turns, so that a busy machine slows all of them alike: every row with the same adapter, every row with its own
+in grouped products, and every row with its own in a loop over the adapters. Timed are the forward of rows of `--tokens`
 tokens and one generation step (one new token a row behind `--tokens` cached ones); each figure is the median of
 `--rounds`. Writes `benchmarks/results/mixed_batch.json`.
 """

@@ -252,3 +252,23 @@ def test_the_loop_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(deltas, "grouped", lambda self, x, y, base, groups: (y, set()))
         assert torch.allclose(tt.activate(model, rows)(x), found, atol=1e-6)
     assert isinstance(model.up.delta, Deltas)
+
+
+def test_factors_are_stacked_once_and_only_those_that_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.core import grouped
+
+    made: list[int] = []
+    real = grouped.factors_of
+    monkeypatch.setattr(grouped, "factors_of", lambda *given: (made.append(1), real(*given))[1])
+    model = net(a=RANKS["a"], b=RANKS["b"], c=RANKS["c"])
+    x = torch.randn(3, 12, dtype=torch.float64)
+    counts, places = [], []
+    with torch.no_grad():
+        for rows in (["a", "b", None], ["b", "a", "a"], ["b", "c", "b"], ["c", "c", "b"]):
+            rearrange(model, rows)
+            model(x)
+            counts.append(len(made))
+            places.append(state_of(model).kept[id(model.up.delta)].A.data_ptr())  # type: ignore[union-attr]
+    assert counts == [4, 4, 6, 6]  # two adapters at two sites; then one that joins at both
+    assert places[0] == places[1]
+    assert places[2] == places[3]

@@ -152,7 +152,7 @@ class State:
             )
         found = None if torch.compiler.is_compiling() else self.kept.get("groups")
         if found is not None and found[0] is self.rows and found[1] == size:
-            return found[2]  # type: ignore[no-any-return]
+            return found[2]
         groups: dict[tuple[str, ...], list[int]] = {}
         repeat = size // len(self.rows)
         for row in range(size):

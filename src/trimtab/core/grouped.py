@@ -236,7 +236,7 @@ def kept(
     count = len(wanted)
     assert stacks.A is not None
     assert stacks.B is not None
-    return tuple(stacks.held[:count]), stacks.A[:count], stacks.B[:count]  # type: ignore[return-value]
+    return tuple(stacks.held[:count]), stacks.A[:count], stacks.B[:count]
 
 
 def stamp(one: Tensor) -> tuple[int, int, int]:

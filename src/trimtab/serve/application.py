@@ -95,7 +95,7 @@ class Server:
         body = protocol.read(protocol.COMPLETION, await self.body(request))
         wording = self.named(body["model"])
         ids = await asyncio.to_thread(self.completion_ids, body["prompt"])
-        wanted = body["max_tokens"] or COMPLETION_TOKENS
+        wanted = body["max_tokens"] or min(COMPLETION_TOKENS, self.limits.max_tokens)
         return await self.respond(request, body, wording, ids, wanted, body["logprobs"], chat=False)
 
     # ------------------------------------------------------------------------------------------------ reading requests

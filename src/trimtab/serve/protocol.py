@@ -137,7 +137,7 @@ class Messages:
 
     def schema(self) -> dict[str, Any]:
         part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"enum": ["text"]}}}
-        part["properties"] |= {"text": {"type": "string"}}  # type: ignore[index,operator]
+        part["properties"] |= {"text": {"type": "string"}}  # type: ignore[operator]
         content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
         fields = {"role": {"type": "string", "enum": list(ROLES)}, "content": content}
         one = {"type": "object", "required": ["role", "content"], "properties": fields}
@@ -221,7 +221,7 @@ def read(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
         if name not in body:
             raise BadRequest(f"{name} is missing", param=name)
     found = {name: field.read(body[name], name) if name in body else field.default for name, field in fields.items()}
-    found["include_usage"] = read_options(options, found["stream"])
+    found["include_usage"] = read_options(options, found["stream"] is True)
     return found
 
 
