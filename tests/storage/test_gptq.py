@@ -51,7 +51,9 @@ def oracle(W: Any, X: Any, bits: int, size: int, damping: float, act_order: bool
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(("bits", "group_size", "block"), [(4, 8, 128), (3, 16, 8), (2, None, 5), (8, 12, 20), (4, 48, 7)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "block"), [(4, 8, 128), (3, 16, 8), (2, None, 5), (8, 12, 20), (4, 48, 7)]
+)
 def test_it_is_the_papers_column_loop(bits: int, group_size: int | None, block: int, act_order: bool) -> None:
     X, W = inputs(200, 48), weight(24, 48)
     format = tt.GPTQ(bits, group_size, act_order, block_size=block)

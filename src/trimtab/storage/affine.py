@@ -23,9 +23,10 @@ TRIPLES = torch.stack([INTEGERS[torch.arange(4096, device="cpu") >> shift & 7] f
 class Affine(Format):
     """W ~ (q - zero) scale, per group of `group_size` neighbouring inputs of one output; q = round((W - min) / scale).
 
-    `group_size` None is one group per output. scale = (max - min) / (2^bits - 1) and zero = -min / scale, both fp32. The zero point is not rounded to an integer:
-    QA-LoRA folds its update into it exactly, PEQA trains the scale. A group of equal values is kept exactly, with scale
-    1. Codes are a bit stream in row-major order, first code in the highest bits; 3-bit codes lie eight in three bytes.
+    `group_size` None is one group per output. scale = (max - min) / (2^bits - 1) and zero = -min / scale, both fp32.
+    The zero point is not rounded to an integer: QA-LoRA folds its update into it exactly, PEQA trains the scale. A
+    group of equal values is kept exactly, with scale 1. Codes are a bit stream in row-major order, first code in the
+    highest bits; 3-bit codes lie eight in three bytes.
 
     Tensors: `codes` uint8 (bytes); `scale` and `zero` fp32 (out, in / group_size).
     Bits per weight, up to the padding of the last byte: bits + 64 / group_size.

@@ -33,7 +33,6 @@ class GPTQ(Format):
     """
 
     needs_inputs: ClassVar[bool] = True
-
     code_bits: int = 4
     group_size: int | None = 64
     act_order: bool = False
@@ -57,7 +56,6 @@ class GPTQ(Format):
         return self.affine.encode(W)
 
     def encode_for(self, W: Tensor, H: Tensor) -> dict[str, Tensor]:
-        """Codes of W (out, in) for inputs with second moment H (in, in), up to a positive factor."""
         size, top = self.affine.size_in(tuple(W.shape)), 2**self.code_bits - 1
         W = checked(W, "GPTQ").clone()
         U, order, unseen = self.factor(H.to(W.device))
