@@ -5,11 +5,11 @@
 DIR holds `wikitext2/` (wiki.test.raw, part_train_1MB.txt or wiki.train.raw) and `ptb/` (ptb.train.txt, ptb.test.txt).
 
 `wikitext`: SmolLM2-135M-Instruct on the first `--eval-tokens` of WikiText-2 test, in windows of `--length` tokens that
-do not overlap, each predicted from its own beginning; the linear layers of the blocks in codes of `--bits`, in groups of
-`--groups` inputs (0: one group per output). GPTQ is calibrated on `--calibration` windows of the training text.
+do not overlap, each predicted from its own beginning; the linear layers of the blocks in codes of `--bits`, in groups
+of `--groups` inputs (0: one group per output). GPTQ is calibrated on `--calibration` windows of the training text.
 
-`tuned`: the same model tuned on PTB for `--steps` steps and measured on PTB test: PEQA, LoRA over rounded weights, LoRA
-over GPTQ, and quantization-aware training (LSQ), one group per output, beside the figures published for PEQA.
+`tuned`: the same model tuned on PTB for `--steps` steps and measured on PTB test: PEQA, LoRA over rounded weights,
+LoRA over GPTQ, and quantization-aware training (LSQ), one group per output, beside the figures published for PEQA.
 
 Every row is written to `benchmarks/results/quantized.json` when it is done; rows that are there are not run again.
 """
@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 import transformers
-from perp import batch_of, perplexity, windows
 
 import trimtab as tt
+from perp import batch_of, perplexity, windows
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum
 from trimtab.models.loading import load
