@@ -58,7 +58,13 @@ def file_of(folder: Path, *names: str) -> Path:
 def calibrated(model: Any, format: Any, rows: torch.Tensor) -> None:
     """GPTQ over windows, with a line per block."""
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(2)]
-    tt.calibrate(model, format, batches, progress=lambda done, all: print(f"  block {done} of {all}", flush=True))
+    tt.calibrate(
+        model,
+        format,
+        batches,
+        run=lambda model, batch: model.model(**batch, use_cache=False),  # the head's logits are not needed
+        progress=lambda done, all: print(f"  block {done} of {all}", time.strftime("%H:%M:%S"), flush=True),
+    )
 
 
 def coded(how: str, bits: int, group: int | None, rows: torch.Tensor) -> tuple[Any, float]:
@@ -203,7 +209,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[64, 0])
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=16384)
-    parser.add_argument("--calibration", type=int, default=64, help="windows that GPTQ is calibrated on")
+    parser.add_argument("--calibration", type=int, default=32, help="windows that GPTQ is calibrated on")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

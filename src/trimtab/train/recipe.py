@@ -158,7 +158,6 @@ ALIASES = {
     "eval_file": "heldout",
     "max_samples": "limit",
     "torch_dtype": "dtype",
-    "quantize_bits": "quantize_code_bits",
 }
 """Names other tools use -> ours (a field of Recipe, or a setting of the method)."""
 
