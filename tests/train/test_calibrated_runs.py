@@ -169,7 +169,10 @@ def test_rows_are_chosen_by_the_seed_until_there_are_enough() -> None:
     ("said", "made"),
     [
         ({"quantize": "gptq"}, "GPTQ(code_bits=4, group_size=64"),
-        ({"quantize": "gptq", "quantize_code_bits": 3, "quantize_group_size": "none"}, "GPTQ(code_bits=3, group_size=None"),
+        (
+            {"quantize": "gptq", "quantize_code_bits": 3, "quantize_group_size": "none"},
+            "GPTQ(code_bits=3, group_size=None",
+        ),
         ({"quantize": {"name": "affine", "code_bits": 2}}, "Affine(code_bits=2"),
         ({"quantize": "nf4-double"}, "NF4(block_size=64, scale=Dynamic8("),
         ({"quantize": "nf4", "quantize_double": "true"}, "NF4(block_size=64, scale=Dynamic8("),

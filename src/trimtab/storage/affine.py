@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.core.bits import pack, packed_bytes
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.storage._blocks import checked, lookup, pack, packed_bytes, positive, unpack_table
+from trimtab.storage._blocks import checked, lookup, positive, unpack_table
 
 INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
 TABLES = {bits: unpack_table(INTEGERS, bits) for bits in (2, 4)}

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trimtab.core.bits import pack
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
-from trimtab.storage._blocks import checked, pack
+from trimtab.storage._blocks import checked
 from trimtab.storage.affine import Affine, grid_of
 
 

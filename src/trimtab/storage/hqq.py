@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.core.bits import pack
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
-from trimtab.storage._blocks import checked, pack, positive
+from trimtab.storage._blocks import checked, positive
 from trimtab.storage.affine import Affine
 
 
