@@ -22,6 +22,7 @@ _HOME = {
     "combine": "interop.combine",
     "quantize": "core.quantized",
     "dequantize": "core.quantized",
+    "calibrate": "core.calibrate",
     "as_lora": "core.as_lora",
     "covariance": "core.fisher",
     "fisher": "core.fisher",

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,12 +16,19 @@ class Format(ABC):
     """Abstract base of storage formats; the fields of a subclass are its settings, hence also its JSON and its flags.
 
     `encode(W)` turns a floating `(out, in)` matrix into a dict of tensors, `decode(code, shape)` turns them back into
-    fp32. A double quantization is a format applied to another format's scales.
+    fp32. A double quantization is a format applied to another format's scales. A format that `needs_inputs` chooses its
+    codes by what a layer sees: `encode_for(W, H)`, called by `calibrate`.
     """
+
+    needs_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, W: Tensor) -> dict[str, Tensor]:
         """Codes and scales of `W` (out, in). Infinite or NaN entries are refused with an error."""
+
+    def encode_for(self, W: Tensor, H: Tensor) -> dict[str, Tensor]:
+        """Codes and scales of `W` (out, in) for inputs with second moment `H` (in, in), known up to a factor."""
+        return self.encode(W)
 
     @abstractmethod
     def decode(self, code: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -288,8 +288,27 @@ def quantize(
     never touches embeddings or the output head, and leaves weights that their module reads raw dense, with a warning.
     `select` replaces the resolver of `where`. Errors, all collected before anything changes: a module that is not a
     plain linear layer, is quantized already, has adapters, or whose weight is tied; a size the format cannot hold; an
-    entry that is not finite.
+    entry that is not finite; a format that needs inputs, which is for `calibrate`.
     """
+    chosen = targets(model, format, where, select)
+    if format.needs_inputs and not all(_weight_of(module).is_meta for module in chosen.values()):
+        name = type(format).__name__
+        raise UserError(
+            f"quantize: {name} chooses its codes by what the layers see, and no inputs were given",
+            fix=f"trimtab.calibrate(model, {name}(...), batches)",
+        )
+    for module in chosen.values():
+        _encode(module, format)
+    return model
+
+
+def targets(
+    model: nn.Module,
+    format: Format,
+    where: str | Sequence[str] = "all-linear",
+    select: Callable[[nn.Module, Any], Sequence[Any]] | None = None,
+) -> dict[str, nn.Module]:
+    """The linear layers that `quantize` would store in `format`, by path; raises what it would raise."""
     if select is None:
         from trimtab.core import select as selection
 
@@ -311,16 +330,19 @@ def quantize(
     if not chosen:
         raise UserError(f"quantize: {where!r} selects no linear layer")
     if raw:
-        warnings.warn(f"quantize: {listing(raw, 4)} stay dense: not plain linear layers", stacklevel=2)
-    for module in chosen.values():
-        _encode(module, format)
-    return model
+        warnings.warn(f"quantize: {listing(raw, 4)} stay dense: not plain linear layers", stacklevel=3)
+    return chosen
 
 
-def quantize_module(module: nn.Module, format: Format) -> nn.Module:
-    """Store the weight of one linear layer in `format`, in place; returns it. Errors as in `quantize`."""
+def quantize_module(module: nn.Module, format: Format, H: Tensor | None = None) -> nn.Module:
+    """Store the weight of one linear layer in `format`, in place; returns it. Errors as in `quantize`.
+
+    `H` (in, in) is the second moment of the layer's inputs, for a format that chooses its codes by it.
+    """
     try:
-        code = Code.of(_weight_of(module), format)
+        W = _weight_of(module)
+        with torch.no_grad():
+            code = Code.of(W, format) if H is None else Code(format, format.encode_for(W, H), W.shape, W.dtype)
     except UserError as error:
         raise UserError(f"quantize: {error.message}", fix=error.fix) from None
     _install(module, code)

@@ -37,9 +37,9 @@ from trimtab.engine.faster import gate_namespace, norm_namespace, quick_gate, qu
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.models.loading import DTYPES
 from trimtab.plan.live import Live
+from trimtab.train.base import format_of, quantize_left
 from trimtab.train.recipe import Recipe, build_method
 from trimtab.train.run import add_penalties, group_of, placed_parts
-from trimtab.train.rundir import format_named, quantize_left
 from trimtab.train.updates import rule_of, schedule_of
 
 
@@ -89,7 +89,7 @@ def prepared(recipe: Recipe, model: Any, task: str, new_modules: Sequence[str], 
     kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
     method = build_method(recipe)
     parts = placed_parts(method, recipe.where, new_modules, model)
-    format = format_named(recipe.quantize) if recipe.quantize else None
+    format = format_of(recipe)
     with encoded_once(format):
         return attached(recipe, model, task, length, parts, format, kind)
 

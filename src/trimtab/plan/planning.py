@@ -19,9 +19,9 @@ from trimtab.models.loading import DTYPES, outline
 from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of
 from trimtab.plan.formulas import Estimate, Shape, estimate, trains
 from trimtab.plan.process import Room, around, room
+from trimtab.train.base import format_of
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.run import placed_parts
-from trimtab.train.rundir import format_named
 from trimtab.train.updates import rule_of, schedule_of
 
 DEEP = 28
@@ -209,7 +209,7 @@ def by_formula(recipe: Recipe, model: Any, task: str, length: int, completions: 
     if odd or recipe.attention == "shifted" or recipe.checkpointing == "selective":
         what = ", ".join(odd) or recipe.attention if odd or recipe.attention == "shifted" else recipe.checkpointing
         raise UserError(f"no formulas for {what}", fix="the dry run counts it")
-    format = format_named(recipe.quantize) if recipe.quantize else None
+    format = format_of(recipe)
     schedule = schedule_of(recipe)
     active = 1.0
     if schedule is not None:

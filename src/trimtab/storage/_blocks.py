@@ -1,11 +1,10 @@
-"""What the formats share: the check of the input, blocks of the flattened matrix, table look-up, bit packing.
+"""What the formats share: the check of the input, blocks of the flattened matrix, table look-up.
 
 A matrix is flattened row-major and cut into blocks of `block_size` values; the last block may be shorter.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -96,22 +95,3 @@ def unpack_table(levels: Tensor, bits: int) -> Tensor:
     byte = torch.arange(256, device="cpu")
     shifts = range(8 - bits, -1, -bits)
     return torch.stack([levels[(byte >> shift) & (2**bits - 1)] for shift in shifts], 1).contiguous()
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below 2^bits as a byte stream, first code in the highest bits; padded with zeros at the end."""
-    if bits == 8:
-        return codes
-    together = math.lcm(bits, 8) // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % together)).view(-1, together)
-    word = torch.zeros(codes.shape[0], dtype=torch.int32, device=codes.device)
-    for column in codes.unbind(1):
-        word = (word << bits) | column
-    width = together * bits
-    return torch.stack([((word >> shift) & 255).to(torch.uint8) for shift in range(width - 8, -1, -8)], 1).flatten()
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `pack` makes of `count` codes."""
-    together = math.lcm(bits, 8) // bits
-    return -(-count // together) * together * bits // 8

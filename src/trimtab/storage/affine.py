@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.core.bits import pack, packed_bytes
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.storage._blocks import checked, lookup, pack, packed_bytes, positive, unpack_table
+from trimtab.storage._blocks import checked, lookup, positive, unpack_table
 
 INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
 TABLES = {bits: unpack_table(INTEGERS, bits) for bits in (2, 4)}
@@ -23,9 +24,10 @@ TRIPLES = torch.stack([INTEGERS[torch.arange(4096, device="cpu") >> shift & 7] f
 class Affine(Format):
     """W ~ (q - zero) scale, per group of `group_size` neighbouring inputs of one output; q = round((W - min) / scale).
 
-    scale = (max - min) / (2^bits - 1) and zero = -min / scale, both fp32. The zero point is not rounded to an integer:
-    QA-LoRA folds its update into it exactly, PEQA trains the scale. A group of equal values is kept exactly, with scale
-    1. Codes are a bit stream in row-major order, first code in the highest bits; 3-bit codes lie eight in three bytes.
+    `group_size` None is one group per output. scale = (max - min) / (2^bits - 1) and zero = -min / scale, both fp32.
+    The zero point is not rounded to an integer: QA-LoRA folds its update into it exactly, PEQA trains the scale. A
+    group of equal values is kept exactly, with scale 1. Codes are a bit stream in row-major order, first code in the
+    highest bits; 3-bit codes lie eight in three bytes.
 
     Tensors: `codes` uint8 (bytes); `scale` and `zero` fp32 (out, in / group_size).
     Bits per weight, up to the padding of the last byte: bits + 64 / group_size.
@@ -35,27 +37,25 @@ class Affine(Format):
     """
 
     code_bits: int = 4
-    group_size: int = 32
+    group_size: int | None = 32
 
     def __post_init__(self) -> None:
         if self.code_bits not in (2, 3, 4, 8):
             raise UserError(f"Affine: code_bits={self.code_bits!r} is not stored", fix="one of 2, 3, 4, 8")
-        positive(self.group_size, "group_size", "Affine")
+        if self.group_size is not None:
+            positive(self.group_size, "group_size", "Affine")
 
     def encode(self, W: Tensor) -> dict[str, Tensor]:
-        self._groups(W.shape)
-        groups = checked(W, "Affine").view(*W.shape[:-1], -1, self.group_size)
+        size = self.size_in(W.shape)
+        groups = checked(W, "Affine").view(*W.shape[:-1], -1, size)
         top = 2**self.code_bits - 1
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale = ((high.double() - low.double()) / top).float()
-        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-        zero = (-low.double() / scale.double()).float()
+        low, scale, zero = grid_of(groups, top)
         codes = ((groups - low[..., None]) / scale[..., None]).round_().clamp_(0, top).to(torch.uint8)
         return {"codes": pack(codes.view(-1), self.code_bits), "scale": scale, "zero": zero}
 
     def decode(self, code: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         scale, zero = code["scale"].float(), code["zero"].float()
-        groups = self.integers(code, shape).view(*scale.shape, self.group_size)
+        groups = self.integers(code, shape).view(*scale.shape, self.size_in(shape))
         if scale.requires_grad or zero.requires_grad:
             return ((groups - zero[..., None]) * scale[..., None]).view(shape)
         return groups.sub_(zero[..., None]).mul_(scale[..., None]).view(shape)
@@ -75,13 +75,24 @@ class Affine(Format):
 
     def bits(self, shape: tuple[int, ...]) -> float:
         count = math.prod(shape)
-        return (8 * packed_bytes(count, self.code_bits) + 64 * (count // self.group_size)) / count
+        return (8 * packed_bytes(count, self.code_bits) + 64 * (count // self.size_in(shape))) / count
 
-    def _groups(self, shape: tuple[int, ...]) -> None:
+    def size_in(self, shape: tuple[int, ...]) -> int:
+        """Inputs in a group of a matrix of `shape`; refused where groups do not divide its inputs."""
         columns = shape[-1] if shape else 0
-        if columns % self.group_size:
+        size = columns if self.group_size is None else self.group_size
+        if size == 0 or columns % size:
             divisors = [size for size in range(1, columns + 1) if columns % size == 0]
             raise UserError(
-                f"Affine: group_size={self.group_size} does not divide in_features={columns}",
+                f"{type(self).__name__}: group_size={self.group_size} does not divide in_features={columns}",
                 fix=f"group_size = one of {listing(map(str, reversed(divisors)), 20)}",
             )
+        return size
+
+
+def grid_of(groups: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(smallest value, scale, zero point) of groups along the last axis, each fp32, for codes 0 ... `top`."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = ((high.double() - low.double()) / top).float()
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    return low, scale, (-low.double() / scale.double()).float()

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.core.bits import pack
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
-from trimtab.storage._blocks import checked, pack
+from trimtab.storage._blocks import checked, positive
 from trimtab.storage.affine import Affine
 
 
@@ -38,6 +39,7 @@ class HQQ(Format):
 
     def __post_init__(self) -> None:
         Affine(self.code_bits, self.group_size)
+        positive(self.group_size, "group_size", "HQQ")
         if not 0 < self.power <= 1 or self.beta <= 0 or self.rounds < 1:
             raise UserError(
                 f"HQQ: power={self.power}, beta={self.beta}, rounds={self.rounds}",

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.core.bits import pack, packed_bytes
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.storage._blocks import checked, lookup, pack, packed_bytes, unpack_table
+from trimtab.storage._blocks import checked, lookup, unpack_table
 from trimtab.storage.dense import DTYPES
 
 BITS = unpack_table(torch.tensor([0.0, 1.0], device="cpu"), 1)

@@ -41,7 +41,7 @@ class SVDQuant(Format):
     def __post_init__(self) -> None:
         positive(self.rank, "rank", "SVDQuant")
         positive(self.rounds, "rounds", "SVDQuant")
-        if not isinstance(self.inner, Format) or isinstance(self.inner, SVDQuant):
+        if not isinstance(self.inner, Format) or isinstance(self.inner, SVDQuant) or self.inner.needs_inputs:
             raise UserError(f"SVDQuant: inner={self.inner!r} cannot store the rest", fix="e.g. inner=NF4()")
 
     def encode(self, W: Tensor) -> dict[str, Tensor]:

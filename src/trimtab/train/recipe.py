@@ -27,7 +27,11 @@ class Recipe:
         default_factory=dict, metadata={"help": "Settings of the method: --rank 8 and so on.", "group": "what"}
     )
     where: str | None = option(None, "Where it goes: roles, globs, layer ranges; default: the method's own.", "what")
-    quantize: str | None = option(None, "Format of the frozen weights: nf4, absmax, affine, svdquant.", "what")
+    quantize: str | None = option(None, "Format of the frozen weights: nf4, absmax, affine, gptq, svdquant.", "what")
+    quantize_settings: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Settings of the format: --quantize-code-bits 3 and so on.", "group": "what"},
+    )
     context: int | None = option(
         None, "Lengthen the model's context to this many tokens, by interpolating its rotary positions.", "what"
     )
@@ -170,7 +174,7 @@ CHOICES = {
 }
 
 
-NAMED = {"optimizer": "optim", "active": "active"}
+NAMED = {"optimizer": "optim", "active": "active", "quantize": "storage"}
 """Keys that name something registered, with its kind; `<key>_<setting>` is a setting of it."""
 
 OPTIMIZERS = {
@@ -186,6 +190,9 @@ OPTIMIZERS = {
     "apollo_adamw": "apollo",
 }
 """Optimizers as other tools call them."""
+
+DOUBLE = ("nf4-double", "nf4dq", "nf4-dq")
+"""What NF4 with quantized scales is called."""
 
 SWITCHED = {"true": "block", "false": "off", "yes": "block", "no": "off", "1": "block", "0": "off"}
 """Checkpointing as other tools switch it."""
@@ -265,7 +272,7 @@ def said_twice(values: Mapping[str, Any]) -> list[str]:
 
 
 def named_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the keys of an optimizer and of a schedule say, as fields of a recipe; and the other keys.
+    """What the keys of an optimizer, a schedule and a format say, as fields of a recipe; and the other keys.
 
     `optimizer: galore`, `optimizer: {name: galore, rank: 64}`, `optimizer: {galore: {rank: 64}}` are understood, and
     `optimizer_rank: 64` beside a name.
@@ -287,6 +294,11 @@ def named_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             taken[key] = value
         taken[f"{key}_settings"] = settings
     return taken, left
+
+
+def plainly(name: str) -> str:
+    """A name in lower case with dashes."""
+    return name.lower().replace("_", "-")
 
 
 def unfolded(value: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -367,16 +379,17 @@ def build_method(recipe: Recipe) -> Any:
 
 
 def registered_settings(name: str, kind: str) -> dict[str, Any]:
-    """Setting -> default of an optimizer or a schedule, by its name."""
+    """Setting -> default of an optimizer, a schedule or a format, by its name."""
     import inspect
 
     from trimtab.core.registry import find
 
+    name = "nf4" if kind == "storage" and plainly(name) in DOUBLE else name
     return {key: one.default for key, one in inspect.signature(find(name, kind)).parameters.items()}
 
 
 def build_named(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
-    """An optimizer or a schedule by its name; settings that are mappings or lists of them are made too."""
+    """An optimizer, a schedule or a format by its name; settings that are mappings or lists of them are made too."""
     from trimtab.core.registry import find
 
     def nested(value: Any) -> Any:
@@ -385,6 +398,8 @@ def build_named(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
         return tuple(map(nested, value)) if isinstance(value, list | tuple) else value
 
     made = {key: nested(value) for key, value in settings.items()}
+    if kind == "storage" and plainly(name) in DOUBLE:
+        name, made = "nf4", {"double": True, **made}
     return made_with(name, find(name, kind), registered_settings(name, kind), made)
 
 

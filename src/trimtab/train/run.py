@@ -21,6 +21,7 @@ from trimtab.core.attach import activate, attach, plan
 from trimtab.core.delta import Delta, Part, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import MEASURES
+from trimtab.core.format import Format
 from trimtab.core.method import InputMethod, Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
@@ -42,7 +43,7 @@ from trimtab.evaluate.loss import evaluate
 from trimtab.models.loading import Loaded, fingerprint, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.models.starters import home
-from trimtab.train import checkpoint, rundir
+from trimtab.train import base, checkpoint, rundir
 from trimtab.train.interrupt import Interrupt, Stopped
 from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.recipe import Recipe, build_method, with_preset
@@ -100,6 +101,8 @@ class Job:
     tokenizer: Any = None
     ranks: Ranks = ALONE
     slices: Slices | None = None
+    codes: Path | None = None
+    """The file of a base whose codes were chosen by data."""
 
     @property
     def sharded(self) -> bool:
@@ -219,7 +222,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
             activate(job.model, None)
             record["before"] = job.measure()
             activate(job.model, "default")
-            ranks.told(lambda: rundir.write_start(job.directory, recipe, record))
+            ranks.told(lambda: started(job, record))
         tell.evaluated("before", record["before"])
 
         searched = any(is_searched(delta.method) for delta in job.model.modules() if isinstance(delta, Delta))
@@ -265,6 +268,13 @@ def carry_out(job: Job, tell: Reporter) -> Result:
     )
     tell.finish(result)
     return result
+
+
+def started(job: Job, record: dict[str, Any]) -> None:
+    """The first files of a run directory; its record comes last, as the sign that all are there."""
+    if job.codes is not None:
+        base.keep(job.directory, job.codes)
+    rundir.write_start(job.directory, job.recipe, record)
 
 
 def memory_of(job: Job) -> dict[str, Any]:
@@ -413,7 +423,7 @@ def prepare(
     """
     method = build_method(recipe)
     recipe = with_preset(recipe, method)
-    rule, schedule = rule_of(recipe), schedule_of(recipe)
+    rule, schedule, format = rule_of(recipe), schedule_of(recipe), base.format_of(recipe)
     names_in(recipe.track)
     directory = rundir.new_directory(recipe) if directory is None else directory
     if recipe.threads:
@@ -456,20 +466,27 @@ def prepare(
     steps_per_epoch = math.ceil(len(train_rows) / (recipe.batch_size * recipe.accumulation))
     steps = recipe.steps or max(1, math.ceil(recipe.epochs * steps_per_epoch))
     parts = [laid_out(part, steps, tell) for part in parts]
+    if format is not None and format.needs_inputs and any(part.method.takes_out for part in parts):
+        raise UserError(
+            f"quantize: the method codes the weights itself, and {recipe.quantize} only whole ones, for their inputs",
+            fix="quantize: affine, or start=None",
+        )
 
     tell.stage("attaching")
     pad_id = loaded.tokenizer.pad_token_id
-    format = rundir.format_named(recipe.quantize) if recipe.quantize else None
     together = format is not None and any(part.method.takes_out for part in parts)
-    if format is not None and not together:
-        rundir.quantize_left(model, format)
+    codes = None
+    if format is not None and format.needs_inputs:
+        codes = in_codes(recipe, loaded, format, train_rows, directory, tell, ranks)
+    elif format is not None and not together:
+        base.quantize_left(model, format)
     statistics = measured(model, parts, train_rows, task, pad_id, tell)
     masters = torch.float32 if loaded.dtype in (torch.bfloat16, torch.float16) else None
     quantize = format if together else None
     made_on = ranks.device if slices is not None else None
     attach(model, parts, seed=recipe.seed, dtype=masters, statistics=statistics, quantize=quantize, device=made_on)
     if format is not None and together:
-        rundir.quantize_left(model, format)
+        base.quantize_left(model, format)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     attached = require_state(model, "tune").adapters["default"].parts
@@ -546,13 +563,43 @@ def prepare(
         tokenizer=loaded.tokenizer,
         ranks=ranks,
         slices=slices,
+        codes=codes,
     )
+
+
+def in_codes(
+    recipe: Recipe, loaded: Loaded, format: Format, rows: EncodedSet, directory: Path, tell: Reporter, ranks: Ranks
+) -> Path:
+    """Code the base for some training rows, in the first process; the others read what it wrote."""
+    task, pad_id = loaded.task, loaded.tokenizer.pad_token_id
+    about = {"model": fingerprint(loaded.directory or loaded.model), "dtype": str(loaded.dtype)}
+    about |= {"task": task, "context": str(recipe.context)}
+    chosen = base.calibration_rows(rows, recipe.seed)
+
+    def coded() -> Path:
+        return base.encode(
+            loaded.model,
+            format,
+            directory / base.BASE,
+            home() / "codes",
+            chosen,
+            about,
+            lambda model, batch: loss_sum(model, batch, task),
+            lambda some: on(collate(some, pad_id), loaded.device),
+            tell,
+        )
+
+    path = Path(ranks.told(lambda: str(coded())))
+    return path if ranks.first else coded()
 
 
 def hollow_of(recipe: Recipe, method: Any, ranks: Ranks) -> tuple[Loaded, Slices] | None:
     """The model of a recipe without its weights, and where they are; None where the method's start has to see them."""
     from trimtab.models.slices import Looks, hollow
 
+    format = base.format_of(recipe)
+    if format is not None and format.needs_inputs:
+        return None
     found = hollow(recipe.model, dtype=recipe.dtype, device=ranks.device, context=recipe.context)
     if found is None:
         return None

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.errors import UserError, listing
-from trimtab.core.format import Format
 from trimtab.core.save import write_together
+from trimtab.train.base import BASE, format_of, quantize_left
 from trimtab.train.recipe import Recipe, recipe_from
 
 RECIPE, RECORD, METRICS, PLOT, ADAPTER = "recipe.yaml", "run.json", "metrics.jsonl", "loss.png", "adapter"
@@ -32,6 +32,7 @@ class Run:
 
     def load(self, device: str = "auto") -> tuple[nn.Module, Any]:
         """The model with the trained adapter, ready to use, and its tokenizer; refuses a base that has changed."""
+        from trimtab.core.codes import load_codes
         from trimtab.core.save import load as load_adapter
         from trimtab.data.encode import require_same_words
         from trimtab.models.loading import fingerprint
@@ -57,36 +58,16 @@ class Run:
         words = (self.record.get("data", {}).get("report") or {}).get("fingerprint")
         if words:
             require_same_words(loaded.tokenizer, words, self.recipe.model)
-        format = format_named(self.recipe.quantize) if self.recipe.quantize else None
+        format = format_of(self.recipe)
         after = takes_out(self.directory / ADAPTER)
-        if format is not None and not after:
+        if format is not None and format.needs_inputs:
+            load_codes(loaded.model, self.directory / BASE)
+        elif format is not None and not after:
             quantize_left(loaded.model, format)
         load_adapter(loaded.model, self.directory / ADAPTER, trainable=False)
         if format is not None and after:
             quantize_left(loaded.model, format)
         return loaded.model.eval(), loaded.tokenizer
-
-
-def format_named(name: str) -> Format:
-    """A storage format by its name; `nf4-double` is NF4 with quantized scales."""
-    from trimtab.core.registry import find
-
-    if name.lower().replace("_", "-") in ("nf4-double", "nf4dq", "nf4-dq"):
-        return find("nf4", "storage")(double=True)
-    return find(name, "storage")()
-
-
-def quantize_left(model: nn.Module, format: Format) -> None:
-    """Quantize the frozen weights that are not quantized yet and carry no adapter."""
-    from trimtab.core.quantized import quantize
-    from trimtab.core.select import select
-
-    def left(place: Any) -> bool:
-        return not {"code", "delta"} & set(model.get_submodule(place.module)._modules)
-
-    places = [place for place in select(model, "all-linear") if left(place)]
-    if places:
-        quantize(model, format, select=lambda *_: places)
 
 
 def takes_out(adapter: Path) -> bool:
@@ -139,8 +120,8 @@ def new_directory(recipe: Recipe) -> Path:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a file is more than what a killed process left of one it was writing."""
-    return not (path.name.startswith(".") and path.suffix == ".partial")
+    """Whether a file is more than what a killed process left: one it was writing, or a base without its run."""
+    return path.name != BASE and not (path.name.startswith(".") and path.suffix == ".partial")
 
 
 def is_restarted(recipe: Recipe) -> bool:

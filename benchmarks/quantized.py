@@ -1,0 +1,221 @@
+"""Perplexity of frozen weights in few bits: dense, rounded to the nearest and GPTQ; then what tuning on top gives.
+
+    python benchmarks/quantized.py --data DIR [--part wikitext|tuned] [--bits 4 3] [--groups 64 0]
+
+DIR holds `wikitext2/` (wiki.test.raw, part_train_1MB.txt or wiki.train.raw) and `ptb/` (ptb.train.txt, ptb.test.txt).
+
+`wikitext`: SmolLM2-135M-Instruct on the first `--eval-tokens` of WikiText-2 test, in windows of `--length` tokens that
+do not overlap, each predicted from its own beginning; the linear layers of the blocks in codes of `--bits`, in groups
+of `--groups` inputs (0: one group per output). GPTQ is calibrated on `--calibration` windows of the training text.
+
+`tuned`: the same model tuned on PTB for `--steps` steps and measured on PTB test: PEQA, LoRA over rounded weights,
+LoRA over GPTQ, and quantization-aware training (LSQ), one group per output, beside the figures published for PEQA.
+
+Every row is written to `benchmarks/results/quantized.json` when it is done; rows that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import trimtab as tt
+from perp import batch_of, perplexity, windows
+from trimtab.engine.faster import running
+from trimtab.engine.loss import loss_sum
+from trimtab.models.loading import load
+
+RESULTS = Path(__file__).parent / "results" / "quantized.json"
+MODEL = "smollm2-135m-instruct"
+PUBLISHED = {
+    "source": "PEQA, arXiv 2305.14152: perplexity on WikiText-2 after tuning; LLaMA 7B",
+    "QAT": {"4": 5.76, "3": 6.14},
+    "LoRA + OPTQ": {"4": 7.13, "3": 19.47},
+    "PEQA": {"4": 5.84, "3": 6.19},
+}
+RATES = {"peqa": 1e-3, "lora over rounded": 5e-4, "lora over gptq": 5e-4, "qat": 2e-5}
+
+
+def fresh() -> Any:
+    """The dense model and its tokenizer, in fp32."""
+    loaded = load(MODEL, dtype="float32", device="cpu")
+    loaded.model.requires_grad_(False)
+    return loaded.model, loaded.tokenizer
+
+
+def file_of(folder: Path, *names: str) -> Path:
+    return next(path for name in names if (path := folder / name).is_file())
+
+
+def calibrated(model: Any, format: Any, rows: torch.Tensor) -> None:
+    """GPTQ over windows, with a line per block."""
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(2)]
+    tt.calibrate(
+        model,
+        format,
+        batches,
+        run=lambda model, batch: model.model(**batch, use_cache=False),  # the head's logits are not needed
+        progress=lambda done, all: print(f"  block {done} of {all}", time.strftime("%H:%M:%S"), flush=True),
+    )
+
+
+def coded(how: str, bits: int, group: int | None, rows: torch.Tensor) -> tuple[Any, float]:
+    """A model in codes, and the seconds that took."""
+    model, _ = fresh()
+    started = time.perf_counter()
+    if how == "rounded":
+        tt.quantize(model, tt.Affine(bits, group))
+    elif how.startswith("gptq"):
+        calibrated(model, tt.GPTQ(bits, group, act_order=how.endswith("ordered")), rows)
+    return model, time.perf_counter() - started
+
+
+def wikitext(asked: argparse.Namespace, results: Results) -> None:
+    """Dense, rounded and GPTQ weights."""
+    model, tokenizer = fresh()
+    folder = asked.data / "wikitext2"
+    test = windows(tokenizer, folder / "wiki.test.raw", asked.length, asked.eval_tokens)
+    train = windows(tokenizer, file_of(folder, "wiki.train.raw", "part_train_1MB.txt"), asked.length)
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))[: asked.calibration]
+    if results.wants("wikitext dense"):
+        results.add("wikitext dense", {"perplexity": perplexity(model, test), "bits_per_weight": 32.0})
+    del model
+    for bits in asked.bits:
+        for group in asked.groups:
+            for how in ("rounded", "gptq", "gptq ordered"):
+                name = f"wikitext {bits} bits, {f'groups of {group}' if group else 'per output'}, {how}"
+                if not results.wants(name):
+                    continue
+                model, seconds = coded(how, bits, group or None, train[chosen])
+                size = stored(model)
+                tt.dequantize(model)  # the same numbers, faster
+                results.add(name, {"perplexity": perplexity(model, test), "bits_per_weight": size, "seconds": seconds})
+                del model
+
+
+def stored(model: Any) -> float:
+    """Bits per weight of the coded layers, as stored."""
+    codes = [module.code for module in model.modules() if "code" in module._modules]
+    return 8 * sum(code.nbytes for code in codes) / sum(code.shape[0] * code.shape[1] for code in codes)
+
+
+def prepared(how: str, bits: int, rows: torch.Tensor) -> Any:
+    """A model ready to be tuned."""
+    if how == "qat":
+        model, _ = fresh()
+        tt.attach(model, tt.LSQ(code_bits=bits), where="all-linear")
+        return model
+    model, _ = coded("gptq" if how.endswith("gptq") else "rounded", bits, None, rows)
+    tt.attach(model, tt.PEQA() if how == "peqa" else tt.LoRA(rank=4), where="all-linear" if how == "peqa" else "q, v")
+    return model
+
+
+def tuned(asked: argparse.Namespace, results: Results) -> None:
+    """The rows of PEQA's table, tuned and measured on PTB."""
+    model, tokenizer = fresh()
+    folder = asked.data / "ptb"
+    test = windows(tokenizer, folder / "ptb.test.txt", asked.length, asked.eval_tokens)
+    train = windows(tokenizer, folder / "ptb.train.txt", asked.length, 400_000)
+    chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))]
+    if results.wants("ptb dense, not tuned"):
+        results.add("ptb dense, not tuned", {"perplexity": perplexity(model, test)})
+    del model
+    for bits in asked.bits:
+        for how, rate in RATES.items():
+            name = f"ptb {bits} bits, {how}"
+            if not results.wants(name):
+                continue
+            model = prepared(how, bits, chosen[: asked.calibration])
+            before = perplexity(model, test)
+            print(f"  before {before:.2f}", flush=True)
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            started = time.perf_counter()
+            retrain(model, chosen, asked, rate)
+            seconds = time.perf_counter() - started
+            if how in ("peqa", "qat"):
+                tt.merge(model)
+            found = {"before": before, "perplexity": perplexity(model, test), "trained": trained}
+            results.add(name, found | {"learning_rate": rate, "seconds": seconds})
+            del model
+
+
+def retrain(model: Any, ids: torch.Tensor, asked: argparse.Namespace, rate: float) -> None:
+    """AdamW over windows in their order, a rise over a tenth of the steps and a linear fall."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
+    warm = max(1, asked.steps // 10)
+    model.train()
+    with running(model, packed=False):
+        for step in range(asked.steps):
+            part = ids[[(step * asked.batch + n) % len(ids) for n in range(asked.batch)]]
+            loss = loss_sum(model, batch_of(part), "causal")[0] / (part.shape[0] * (part.shape[1] - 1))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min((step + 1) / warm, (asked.steps - step) / max(1, asked.steps - warm))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % 10 == 0:
+                print(f"  step {step} loss {loss.item():.4f}", flush=True)
+    model.eval()
+
+
+class Results:
+    """Rows on disk, each with the conditions it was measured under."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        skipped = ("data", "part", "bits", "groups")
+        self.conditions = {key: value for key, value in vars(asked).items() if key not in skipped} | {
+            "model": MODEL,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "note": "fp32; SmolLM2 is dequantized from Q4_1 (affine 4-bit in groups of 32), not the original",
+        }
+
+    def wants(self, name: str) -> bool:
+        """Whether a row is still to be measured."""
+        if name not in self.rows:
+            print(name, flush=True)
+        return name not in self.rows
+
+    def add(self, name: str, found: dict[str, Any]) -> None:
+        """Write a row."""
+        print(f"  {found['perplexity']:.3f}", flush=True)
+        self.rows[name] = found | {"conditions": self.conditions}
+        if name.startswith("ptb"):
+            self.rows["published"] = PUBLISHED
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measure the rows that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--part", choices=("wikitext", "tuned"), default="wikitext")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--groups", type=int, nargs="+", default=[64, 0])
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--calibration", type=int, default=32, help="windows that GPTQ is calibrated on")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    {"wikitext": wikitext, "tuned": tuned}[asked.part](asked, Results(asked))
+
+
+if __name__ == "__main__":
+    main()
