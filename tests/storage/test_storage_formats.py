@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trimtab.core.bits import pack, packed_bytes
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.registry import find, from_json, names, to_json
@@ -324,8 +325,8 @@ def test_grid_loses_only_what_is_tiny() -> None:
 @given(st.integers(0, 10**6), st.sampled_from([2, 3, 4, 8]), st.integers(1, 200))
 def test_packing_is_exact(seed: int, bits: int, count: int) -> None:
     codes = torch.randint(0, 2**bits, (1, count), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    stream = _blocks.pack(codes.view(-1), bits)
-    assert stream.numel() == _blocks.packed_bytes(count, bits)
+    stream = pack(codes.view(-1), bits)
+    assert stream.numel() == packed_bytes(count, bits)
     assert torch.equal(Affine(bits, 1).integers({"codes": stream}, (1, count)), codes.float())
 
 

@@ -34,6 +34,10 @@ class Format(ABC):
     def decode(self, code: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """The fp32 matrix of `shape` that the codes stand for."""
 
+    def multiply(self, x: Tensor, code: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
+        """x Wᵀ for x (..., in) by another way than decoding W, which its gradient still goes through; else None."""
+        return None
+
     @abstractmethod
     def bits(self, shape: tuple[int, ...]) -> float:
         """Stored bits per weight for a matrix of `shape`, scales and offsets included."""

@@ -86,8 +86,17 @@ def _multiplied(x: Tensor, tensors: Sequence[Tensor], key: str, transposed: bool
     """x Wᵀ, or x W when transposed; each is the other's gradient."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _times(x, _decoded(tensors, key), transposed)
-    return _times(x, _decoded(tensors, key), transposed)
+            return _multiplied_as_is(x, tensors, key, transposed)
+    return _multiplied_as_is(x, tensors, key, transposed)
+
+
+def _multiplied_as_is(x: Tensor, tensors: Sequence[Tensor], key: str, transposed: bool) -> Tensor:
+    """The same without autocast: by the format's own product, if it has one."""
+    recipe = _recipe(key)
+    own = None
+    if not (transposed or x.is_meta):
+        own = recipe.format.multiply(x, dict(zip(recipe.names, tensors, strict=True)), recipe.shape)
+    return _times(x, _decoded(tensors, key), transposed) if own is None else own
 
 
 @_product.register_fake
