@@ -114,7 +114,8 @@ def test_without_restarts_the_loss_is_told_and_any_number_goes_on_past_a_damaged
     source_environment: dict[str, str], chat_model: Path, prompts: Path, tmp_path: Path
 ) -> None:
     plain = ["0" if one == "0.1" else one for one in SETTINGS]
-    where = ["--model", chat_model, "--data", prompts, *plain]
+    # At its default rate this tiny model's run is chaotic: a last bit of a sum grows to 0.2 in 30 steps on some CPUs.
+    where = ["--model", chat_model, "--data", prompts, *plain, "--learning-rate", "0.001"]
     run = tmp_path / "run"
     started = Started(source_environment, *where, "--nproc", "2", "--output", run)
     started.send(signal.SIGKILL, run)

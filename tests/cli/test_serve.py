@@ -58,8 +58,9 @@ def test_what_is_wrong_is_told_before_serving(
     cases: list[tuple[list[Any], str]] = [
         ([other, *mine], "mine: trained on another model"),
         ([reworded, *mine], "tokenizer or chat template is not the one"),
-        ([chat_model, "--adapter", f"q={runs['quantized']}"], "trained on nf4, served on dense weights"),
-        ([chat_model, *mine, "--quantize", "nf4"], "trained on dense weights, served on --quantize nf4"),
+        ([chat_model, *mine, "--adapter", f"q={runs['quantized']}"], "q: trained on NF4"),
+        ([chat_model, "--quantize", "gptq"], "a base in GPTQ needs the codes of one run, and these have none"),
+        ([chat_model, *mine, "--quantize", "nf4"], "mine: trained on dense weights, served on NF4"),
         ([chat_model, "--adapter", "mine"], "is not NAME=DIR"),
         ([chat_model, *mine, *mine], "mine names two adapters"),
         ([chat_model, "--adapter", f"a b={runs['chat']}"], "cannot be a model name"),
@@ -75,6 +76,15 @@ def test_what_is_wrong_is_told_before_serving(
         done = trimtab("serve", *arguments, "--port", "0")
         assert (done.code, told in done.err) == (2, True), f"{arguments}: {done.err}"
         assert "Traceback" not in done.err
+
+
+def test_runs_of_one_format_bring_it_along(runs: dict[str, Path], chat_model: Path) -> None:
+    from trimtab.core.quantized import quantized_modules
+    from trimtab.serve.opening import open_served
+
+    served = open_served(str(chat_model), {"q": runs["quantized"], "again": runs["quantized"]}, base_name="tiny")
+    assert list(quantized_modules(served.model))
+    assert list(served.names) == ["tiny", "q", "again"]
 
 
 def test_without_the_extra_one_line_says_what_to_install(

@@ -198,3 +198,20 @@ def test_formats_take_settings(said: dict[str, Any], made: str) -> None:
 def test_wrong_settings_are_said(said: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         format_of(recipe_from({"model": "m", "data": "d", **said}))
+
+
+def test_served_on_the_codes_of_its_run(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    from trimtab.serve.opening import open_served
+
+    one, other = (tune(replace(recipe, output=str(tmp_path / name), steps=2)).directory for name in ("one", "other"))
+    served = open_served(str(model), {"one": one, "other": other}, base_name="tiny")
+    wanted, found = codes_of(open_run(one).load("cpu")[0]), codes_of(served.model)
+    assert wanted
+    assert found.keys() == wanted.keys()
+    for path, tensors in found.items():
+        assert all(torch.equal(tensor, wanted[path][name]) for name, tensor in tensors.items())
+    blob = (other / BASE).read_bytes()
+    (other / BASE).unlink()
+    (other / BASE).write_bytes(blob + b" ")
+    with pytest.raises(UserError, match="these have different ones"):
+        open_served(str(model), {"one": one, "other": other}, base_name="tiny")

@@ -36,7 +36,9 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--dtype", default="auto", show_default=True, help="Type of the weights: that of the first run, else auto."
 )
-@click.option("--quantize", help="Store the base in this format, as its runs were tuned: nf4, nf4-double, ...")
+@click.option(
+    "--quantize", help="Store the base in this format: nf4, nf4-double, ...; else as all its runs were tuned."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 def command(
     model: str,

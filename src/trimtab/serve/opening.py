@@ -15,6 +15,7 @@ from trimtab.core.errors import UserError, listing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from trimtab.core.format import Format
     from trimtab.models.loading import Loaded
     from trimtab.train.rundir import Run
 
@@ -66,17 +67,19 @@ def open_served(
     or template, a run of another task, context or quantization.
     """
     from trimtab.core.attach import activate
+    from trimtab.core.codes import load_codes
     from trimtab.interop.load import load as load_adapter
     from trimtab.models.loading import fingerprint
     from trimtab.models.loading import load as load_model
     from trimtab.models.starters import quiet_transformers
-    from trimtab.train.rundir import format_named, quantize_left
+    from trimtab.train.base import quantize_left
 
     own = base_name or Path(model).name
     check_names([own, *adapters])
     sources = [source_of(name, directory) for name, directory in adapters.items()]
     runs = [one.run for one in sources if one.run is not None]
     context = one_context(sources)
+    format, codes = one_format(quantize, sources)
     if dtype == "auto" and runs:
         dtype = runs[0].record["model"]["dtype"]
     loaded = load_model(model, dtype=dtype, device=device, context=context)
@@ -86,14 +89,16 @@ def open_served(
     problems = []
     for one in sources:
         try:
-            names[one.name] = checked(one, found, loaded, quantize, "chat" if has_template else "plain")
+            names[one.name] = checked(one, found, loaded, format, "chat" if has_template else "plain")
         except UserError as error:
             problems.append(f"{one.name}: {error.message}")
     if problems:
         raise UserError(f"serve: {listing(problems, 5)}", fix="leave these out, or serve the model they belong to")
     with quiet_transformers():
-        if quantize is not None:
-            quantize_left(loaded.model, format_named(quantize))
+        if codes is not None:
+            load_codes(loaded.model, codes)
+        elif format is not None:
+            quantize_left(loaded.model, format)
         for one in sources:
             load_adapter(loaded.model, one.directory, one.name, trainable=False)
         if sources:
@@ -164,10 +169,38 @@ def one_context(sources: Sequence[Source]) -> int | None:
     return next(iter(wanted), None)
 
 
-def checked(source: Source, base: str, loaded: Loaded, quantize: str | None, usual: str) -> Wording:
+def one_format(quantize: str | None, sources: Sequence[Source]) -> tuple[Format | None, Path | None]:
+    """The format the base is kept in, None for dense, and the file of its codes where inputs chose them.
+
+    Unless `quantize` names one it is that of the runs, if they are all of one.
+    """
+    from trimtab.models.starters import sha256_of
+    from trimtab.train.base import BASE, format_of
+    from trimtab.train.recipe import build_named
+
+    runs = [one.run for one in sources if one.run is not None]
+    formats = [format_of(run.recipe) for run in runs]
+    if quantize is not None:
+        format = build_named("storage", quantize, {})
+    else:
+        format = formats[0] if formats and all(one == formats[0] for one in formats) else None
+    if format is None or not format.needs_inputs:
+        return format, None
+    files = [run.directory / BASE for run, own in zip(runs, formats, strict=True) if own == format]
+    if len({sha256_of(file) for file in files}) != 1:
+        raise UserError(
+            f"serve: a base in {type(format).__name__} needs the codes of one run, and these have "
+            f"{'none' if not files else 'different ones'}",
+            fix="serve runs of one calibration" if files else "give a run that was trained on it",
+        )
+    return format, files[0]
+
+
+def checked(source: Source, base: str, loaded: Loaded, format: Format | None, usual: str) -> Wording:
     """How an adapter words its prompts; an error where it does not belong to this base as it is served."""
     from trimtab.core.save import RECORD, read_record
     from trimtab.data.encode import require_same_words
+    from trimtab.train.base import format_of
 
     notes, run = notes_of(source), source.run
     trained_on = run.record["model"]["fingerprint"] if run is not None else notes.get("base")
@@ -179,9 +212,8 @@ def checked(source: Source, base: str, loaded: Loaded, quantize: str | None, usu
         record = read_record(source.directory)
         if any("quantized" in part for part in record["parts"]):
             raise UserError("it encodes the base's weights without a part of them, so no other can share the base")
-    if run is not None and (run.recipe.quantize or None) != quantize:
-        served = f"--quantize {quantize}" if quantize else "dense weights"
-        raise UserError(f"trained on {run.recipe.quantize or 'dense weights'}, served on {served}")
+    if run is not None and (own := format_of(run.recipe)) != format:
+        raise UserError(f"trained on {own or 'dense weights'}, served on {format or 'dense weights'}")
     report = ((run.record.get("data") or {}).get("report") or {}) if run is not None else {}
     words = report.get("fingerprint") or notes.get("tokenizer")
     if words:
