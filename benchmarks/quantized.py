@@ -11,7 +11,8 @@ of `--groups` inputs (0: one group per output). GPTQ is calibrated on `--calibra
 `tuned`: the same model tuned on PTB for `--steps` steps and measured on PTB test: PEQA, LoRA over rounded weights,
 LoRA over GPTQ, and quantization-aware training (LSQ), one group per output, beside the figures published for PEQA.
 
-Every row is written to `benchmarks/results/quantized.json` when it is done; rows that are there are not run again.
+Every row is written to `benchmarks/results/quantized.json` when it is done; rows that are there with the same settings
+are not run again.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ import torch
 import transformers
 
 import trimtab as tt
-from perp import batch_of, perplexity, windows
-from trimtab.engine.faster import running
-from trimtab.engine.loss import loss_sum
+from perp import perplexity, retrain, windows
 from trimtab.models.loading import load
 
 RESULTS = Path(__file__).parent / "results" / "quantized.json"
@@ -124,7 +123,7 @@ def tuned(asked: argparse.Namespace, results: Results) -> None:
     folder = asked.data / "ptb"
     test = windows(tokenizer, folder / "ptb.test.txt", asked.length, asked.eval_tokens)
     train = windows(tokenizer, folder / "ptb.train.txt", asked.length, 400_000)
-    chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))
     if results.wants("ptb dense, not tuned"):
         results.add("ptb dense, not tuned", {"perplexity": perplexity(model, test)})
     del model
@@ -133,39 +132,16 @@ def tuned(asked: argparse.Namespace, results: Results) -> None:
             name = f"ptb {bits} bits, {how}"
             if not results.wants(name):
                 continue
-            model = prepared(how, bits, chosen[: asked.calibration])
+            model = prepared(how, bits, train[order[: asked.calibration]])
             before = perplexity(model, test)
             print(f"  before {before:.2f}", flush=True)
             trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            started = time.perf_counter()
-            retrain(model, chosen, asked, rate)
-            seconds = time.perf_counter() - started
+            seconds = retrain(model, train, asked, rate)
             if how in ("peqa", "qat"):
                 tt.merge(model)
             found = {"before": before, "perplexity": perplexity(model, test), "trained": trained}
             results.add(name, found | {"learning_rate": rate, "seconds": seconds})
             del model
-
-
-def retrain(model: Any, ids: torch.Tensor, asked: argparse.Namespace, rate: float) -> None:
-    """AdamW over windows in their order, a rise over a tenth of the steps and a linear fall."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
-    warm = max(1, asked.steps // 10)
-    model.train()
-    with running(model, packed=False):
-        for step in range(asked.steps):
-            part = ids[[(step * asked.batch + n) % len(ids) for n in range(asked.batch)]]
-            loss = loss_sum(model, batch_of(part), "causal")[0] / (part.shape[0] * (part.shape[1] - 1))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min((step + 1) / warm, (asked.steps - step) / max(1, asked.steps - warm))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step % 10 == 0:
-                print(f"  step {step} loss {loss.item():.4f}", flush=True)
-    model.eval()
 
 
 class Results:
@@ -174,7 +150,8 @@ class Results:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         skipped = ("data", "part", "bits", "groups")
-        self.conditions = {key: value for key, value in vars(asked).items() if key not in skipped} | {
+        self.settings = {key: value for key, value in vars(asked).items() if key not in skipped}
+        self.conditions = self.settings | {
             "model": MODEL,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -185,10 +162,12 @@ class Results:
         }
 
     def wants(self, name: str) -> bool:
-        """Whether a row is still to be measured."""
-        if name not in self.rows:
+        """Whether a row is still to be measured, or was with other settings."""
+        known = self.rows.get(name, {}).get("conditions", {})
+        wanted = any(known.get(key) != value for key, value in self.settings.items())
+        if wanted:
             print(name, flush=True)
-        return name not in self.rows
+        return wanted
 
     def add(self, name: str, found: dict[str, Any]) -> None:
         """Write a row."""
@@ -197,7 +176,9 @@ class Results:
         if name.startswith("ptb"):
             self.rows["published"] = PUBLISHED
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(self.rows, indent=1) + "\n")
+        temporary = RESULTS.with_suffix(".partial")
+        temporary.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(RESULTS)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.conftest import WORDS, save_model, write_rows
 
 from trimtab.core.errors import UserError
 from trimtab.core.quantized import quantized_modules
@@ -31,17 +30,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def own_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMTAB_HOME", str(home))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny", chat=True)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = [{"prompt": f"say {one} {two}", "completion": f"{two} {one}"} for one in WORDS[:6] for two in WORDS[6:12]]
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", found)
 
 
 @pytest.fixture
@@ -215,3 +203,21 @@ def test_served_on_the_codes_of_its_run(recipe: Recipe, model: Path, tmp_path: P
     (other / BASE).write_bytes(blob + b" ")
     with pytest.raises(UserError, match="these have different ones"):
         open_served(str(model), {"one": one, "other": other}, base_name="tiny")
+
+
+def test_a_talk_takes_no_run_on_other_codes(recipe: Recipe, tmp_path: Path) -> None:
+    from trimtab.cli.talk import Talk
+
+    settings = {"one": {"code_bits": 3, "group_size": 8}, "bits": {"code_bits": 4, "group_size": 8}}
+    runs = {
+        name: open_run(tune(replace(recipe, output=str(tmp_path / name), steps=1, quantize_settings=own)).directory)
+        for name, own in settings.items()
+    }
+    reseeded = replace(recipe, output=str(tmp_path / "other"), steps=1, seed=1, limit=12)
+    runs["other"] = open_run(tune(reseeded).directory)
+    talk = Talk(*runs["one"].load("cpu"), runs["one"].record, 4, 0.0, None)
+    for name, why in (("bits", "code_bits=4"), ("other", "codes are of another calibration")):
+        with pytest.raises(UserError, match=why):
+            talk.add(name, runs[name], runs["one"])
+    talk.add("again", runs["one"], runs["one"])
+    assert "again" in talk.runs

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.conftest import WORDS, save_model, write_rows
 
 from trimtab.core.errors import UserError
 from trimtab.train import checkpoint
@@ -25,17 +24,6 @@ from trimtab.train.reporter import Reporter
 from trimtab.train.run import resume, tune
 
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny", chat=True)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = [{"prompt": f"say {one} {two}", "completion": f"{two} {one}"} for one in WORDS[:6] for two in WORDS[6:12]]
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", found)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.conftest import WORDS, save_model, write_rows
 
 import trimtab as tt
 from trimtab.core.errors import UserError
@@ -19,17 +18,6 @@ from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter
 from trimtab.train.run import resume, tune
 from trimtab.train.rundir import open_run, write_start
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny", chat=True)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = [{"prompt": f"say {one} {two}", "completion": f"{two} {one}"} for one in WORDS[:6] for two in WORDS[6:12]]
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", found)
 
 
 @pytest.fixture(scope="module")

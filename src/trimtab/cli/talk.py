@@ -115,6 +115,7 @@ class Talk:
         """Load a further run's adapter over the same base. Errors: it was tuned on another base or worded otherwise."""
         from trimtab.core.save import load
         from trimtab.data.encode import require_same_words
+        from trimtab.train.base import calibration, format_of
         from trimtab.train.rundir import ADAPTER, takes_out
 
         known, own = run.record["model"], first.record["model"]
@@ -127,6 +128,12 @@ class Talk:
         for key in ("quantize", "context"):
             if getattr(run.recipe, key) != getattr(first.recipe, key):
                 problems.append(f"its {key} is {getattr(run.recipe, key)}, not {getattr(first.recipe, key)}")
+        kept, other = format_of(run.recipe), format_of(first.recipe)
+        if kept != other and run.recipe.quantize == first.recipe.quantize:
+            problems.append(f"its base is kept as {kept}, not {other}")
+        chosen = kept is not None and kept == other and kept.needs_inputs
+        if chosen and calibration(run.directory) != calibration(first.directory):
+            problems.append(f"its {type(kept).__name__} codes are of another calibration")
         folders = [one.directory / ADAPTER for one in (run, first)]
         if any(map(takes_out, folders)):
             problems.append("one of the two encodes the base's weights without a part of them")

@@ -174,8 +174,7 @@ def one_format(quantize: str | None, sources: Sequence[Source]) -> tuple[Format 
 
     Unless `quantize` names one it is that of the runs, if they are all of one.
     """
-    from trimtab.models.starters import sha256_of
-    from trimtab.train.base import BASE, format_of
+    from trimtab.train.base import BASE, calibration, format_of
     from trimtab.train.recipe import build_named
 
     runs = [one.run for one in sources if one.run is not None]
@@ -186,14 +185,14 @@ def one_format(quantize: str | None, sources: Sequence[Source]) -> tuple[Format 
         format = formats[0] if formats and all(one == formats[0] for one in formats) else None
     if format is None or not format.needs_inputs:
         return format, None
-    files = [run.directory / BASE for run, own in zip(runs, formats, strict=True) if own == format]
-    if len({sha256_of(file) for file in files}) != 1:
+    folders = [run.directory for run, own in zip(runs, formats, strict=True) if own == format]
+    if len({calibration(folder) for folder in folders}) != 1:
         raise UserError(
             f"serve: a base in {type(format).__name__} needs the codes of one run, and these have "
-            f"{'none' if not files else 'different ones'}",
-            fix="serve runs of one calibration" if files else "give a run that was trained on it",
+            f"{'different ones' if folders else 'none'}",
+            fix="serve runs of one calibration" if folders else "give a run that was trained on it",
         )
-    return format, files[0]
+    return format, folders[0] / BASE
 
 
 def checked(source: Source, base: str, loaded: Loaded, format: Format | None, usual: str) -> Wording:

@@ -39,6 +39,16 @@ def format_of(recipe: Recipe) -> Format | None:
     return made
 
 
+def calibration(directory: Path) -> str:
+    """What tells the codes kept in a run from those of another calibration. Error: the run has none."""
+    from trimtab.models.starters import sha256_of
+
+    kept = directory / BASE
+    if not kept.is_file():
+        raise UserError(f"there is no file {kept}, which holds the codes this run was trained on")
+    return sha256_of(kept)
+
+
 def quantize_left(model: nn.Module, format: Format) -> None:
     """Quantize the frozen weights that are not quantized yet and carry no adapter."""
     from trimtab.core.quantized import quantize

@@ -27,7 +27,9 @@ class Recipe:
         default_factory=dict, metadata={"help": "Settings of the method: --rank 8 and so on.", "group": "what"}
     )
     where: str | None = option(None, "Where it goes: roles, globs, layer ranges; default: the method's own.", "what")
-    quantize: str | None = option(None, "Format of the frozen weights: nf4, absmax, affine, gptq, svdquant.", "what")
+    quantize: str | None = option(
+        None, "Format of the frozen weights: nf4, absmax, affine, gptq, llm_int8, svdquant.", "what"
+    )
     quantize_settings: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Settings of the format: --quantize-code-bits 3 and so on.", "group": "what"},

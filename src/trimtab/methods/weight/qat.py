@@ -29,7 +29,8 @@ class QAT(FakeQuantized):
 
     def rounded(self, V: Tensor, p: Any) -> Tensor:
         low, s = self.range_of(V.detach())
-        return (straight((V - low) / s) - -low / s) * s
+        zero = -low / s
+        return (straight((V - low) / s) - zero) * s
 
     def stored(self, V: Tensor, p: Any) -> tuple[Tensor, Tensor, Tensor]:
         low, s = self.range_of(V)
