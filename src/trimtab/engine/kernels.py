@@ -26,7 +26,8 @@ def rms_norm(x: Tensor, w: Tensor, epsilon: float) -> Tensor:
 
 def scaled(x: Tensor, scale: Tensor, w: Tensor) -> Tensor:
     """w ∘ (x·scale), the product with the scale taken in fp32 and rounded to the type of x."""
-    return (x.to(scale.dtype) * scale).to(x.dtype) * w
+    y = (x.to(scale.dtype) * scale).to(x.dtype)
+    return y.mul_(w) if y.dtype == w.dtype else y * w
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -112,7 +113,7 @@ class _GatedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[5]:
                 dA = (share.mT @ torch.mul(a, u, out=room("m", g)))[: len(A)]
         du = a * dm
-        dg = slope.mul_(u).mul(dm)
+        dg = dm.mul_(slope.mul_(u))  # dm's own memory, no longer needed: fresh memory costs more than the product
         return dg.view(shape), du.view(shape), None, None, None, dA, dB
 
 
