@@ -19,7 +19,7 @@ class Permuted(Format):
 
     For checkpoints of GPTQ with `desc_act`, whose groups are made of columns that lie apart. Encoding takes the columns
     as they are: an order that helps is known only to the one who has seen the inputs.
-    Tensors: those of `inner`; `order` int32 (in). Bits per weight: those of `inner`, + 32 / out. Error: that of `inner`.
+    Tensors: those of `inner`; `order` int32 (in). Bits per weight: those of `inner`, + 32 / out. Error: that of it.
     Decoding costs a copy of W more. Reference: arXiv 2210.17323, section on the order of columns.
     """
 

@@ -105,7 +105,9 @@ def state_of(get: Get) -> dict[str, Any]:
     if state.get("quant_type") != kind:
         raise UserError(f"`{STATE}{kind}` says quant_type {state.get('quant_type')!r}", fix=AGAIN)
     if len(state["shape"]) != 2:
-        raise UserError(f"a 4-bit weight of shape {state['shape']}: only matrices are taken", fix="the unquantized model")
+        raise UserError(
+            f"a 4-bit weight of shape {state['shape']}: only matrices are taken", fix="the unquantized model"
+        )
     if nested and (state["nested_dtype"] != "float32" or not math.isfinite(float(state["nested_offset"]))):
         raise UserError(
             f"scales of scales in {state['nested_dtype']} with offset {state['nested_offset']}: ours are float32",

@@ -152,7 +152,7 @@ def fill(model: nn.Module, source: Source, rename: Callable[[str], str], dtype: 
                 used.add(name)
                 value = value.to(dtype) if value.is_floating_point() else value.clone()
                 new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-                kind[key] = new  # type: ignore[assignment]
+                kind[key] = new
     return used
 
 

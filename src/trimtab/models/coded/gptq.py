@@ -19,12 +19,12 @@ BITS = (2, 3, 4, 8)
 
 
 class GPTQWords(Layout):
-    """`qweight` int32 (in bits / 32, out), `qzeros` int32 (groups, out bits / 32), `scales` (groups, out), `g_idx` (in).
+    """`qweight` int32 (in bits / 32, out), `qzeros` int32 (groups, out bits / 32), `scales` (groups, out), `g_idx` (in)
 
     Codes are a stream of bits, first code in the lowest bits of the first word, so 3-bit codes go across words. Of a
     `gptq` file the zero points are stored one too low, modulo 2^bits; of a `gptq_v2` file as they are.
     Groups whose columns are neighbours are groups of `Affine`; others (desc_act) are brought together by `Permuted`.
-    Groups of unequal sizes become smaller ones, of their greatest common divisor, with repeated scales: nothing is lost.
+    Groups of unequal sizes become smaller ones, of their greatest common divisor, with repeated scales.
     """
 
     name = "GPTQ"
@@ -50,7 +50,9 @@ class GPTQWords(Layout):
             raise UserError(f"`scales` is missing or not (groups, {out})", fix=AGAIN)
         groups = scales.shape[0]
         if qzeros.shape != (groups, words(out, bits)) or int(index.max()) >= groups:
-            raise UserError(f"`qzeros` {tuple(qzeros.shape)}, `g_idx` and `scales` are not of {groups} groups", fix=AGAIN)
+            raise UserError(
+                f"`qzeros` {tuple(qzeros.shape)}, `g_idx` and `scales` are not of {groups} groups", fix=AGAIN
+            )
         if not bool(torch.isfinite(scales).all()):
             raise UserError("`scales` has values that are infinite or NaN", fix=AGAIN)
         order = index.argsort(stable=True)  # columns, group by group
@@ -88,7 +90,8 @@ class GPTQWords(Layout):
         if self.mixed and len(able) == 1:
             return able[0]
         raise UserError(
-            f"`qweight` has {qweight.shape[0]} words for {into} inputs, which {self.bits}-bit codes do not make", fix=AGAIN
+            f"`qweight` has {qweight.shape[0]} words for {into} inputs, which {self.bits}-bit codes do not make",
+            fix=AGAIN,
         )
 
 
