@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import packers
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tests.models import packers
 
 from trimtab.core.bits import unpack
 from trimtab.core.errors import UserError

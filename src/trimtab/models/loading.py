@@ -208,6 +208,15 @@ def check_directory(directory: str | Path, *, task: str = "causal") -> None:
     _refuse(f"model {directory}", problems)
 
 
+def is_coded(directory: Path) -> bool:
+    """Whether the files of a model hold codes of another tool instead of dense weights."""
+    from trimtab.models.coded.packed import settings_of
+
+    if _config_problems(directory):
+        return False
+    return settings_of(json.loads((directory / "config.json").read_text(encoding="utf-8"))) is not None
+
+
 def fingerprint(model: str | Path | Loaded | nn.Module) -> str:
     """A sha256 (64 hexadecimal digits) that tells one base model from another; it binds an adapter to its base.
 
