@@ -161,11 +161,13 @@ def merged(
         found["merged"] = proof.difference(before, proof.log_probabilities(it.model, rows), rows)
         return it.model, "as it was"
     format, paths = format_of(it.model), coded_paths(it.model)
-    original = None if starts_on_codes(it) else on_original(it)
+    original = None if starts_on_codes(it) or came_in_codes(it) else on_original(it)
     values = None
     if original is not None:
         values = proof.log_probabilities(original, rows)
         found["into the original"] = proof.difference(before, values, rows)
+    elif into == "original" and came_in_codes(it):
+        raise UserError("merge: this base came in codes, and its original weights are not here", fix="--into auto")
     elif into == "original":
         raise UserError("merge: the adapter was started on these codes, so the original weights do not fit it")
     merge(it.model, quantized="dense")
@@ -198,6 +200,13 @@ def dtype_of(model: nn.Module) -> str:
 def starts_on_codes(it: Opened) -> bool:
     """Whether the adapter fits these codes only, or is not ours to attach once more."""
     return it.saved is None or any(part.encoded for part in it.saved.parts)
+
+
+def came_in_codes(it: Opened) -> bool:
+    """Whether the base's own files hold codes, so that there are no other weights to merge into."""
+    from trimtab.models.loading import outline
+
+    return is_quantized(outline(it.source))
 
 
 def coded_paths(model: nn.Module) -> list[str]:
@@ -283,6 +292,8 @@ def streamed(directory: Path, out: Path, model: str | None) -> dict[str, Any]:
     if run is not None and run.recipe.quantize:
         raise UserError("merge: --no-proof is for a dense base", fix="leave --no-proof out")
     plan: Any = outline(source)
+    if is_quantized(plan):
+        raise UserError(f"merge: --no-proof is for a dense base, and {source} is in codes", fix="leave --no-proof out")
     shards.refuse(plan, saved)
     base = directory_of(source)
     why = shards.why_not(plan, saved, base)

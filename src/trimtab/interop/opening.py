@@ -140,9 +140,11 @@ def base_named(adapter: Path) -> str | None:
 def stored_dtype(source: str) -> str:
     """The type a base model is stored in, which a conversion keeps; `auto` where that is not known."""
     from trimtab.interop.shards import DTYPES, files_of, header_of
-    from trimtab.models.loading import directory_of
+    from trimtab.models.loading import directory_of, is_coded
 
     directory = directory_of(source)
+    if directory is not None and is_coded(directory):  # floats in its files are scales
+        return "auto"
     files = files_of(directory) if directory is not None else []
     kinds = {entry["dtype"] for path in files for entry in header_of(path)[0].values()}
     found = next((DTYPES[kind] for kind in ("F32", "BF16", "F16") if kind in kinds), None)

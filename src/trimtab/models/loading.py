@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from torch import nn
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.models.context import lengthen
 from trimtab.models.starters import fetch, quiet_transformers, starters
+
+if TYPE_CHECKING:
+    from trimtab.models.coded.source import Source
 
 TASKS = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -116,7 +119,11 @@ def load(
         if task in _HEADS:
             notes += _set_labels(config, source, task, labels)
         tokenizer = _tokenizer(location, source)
-        model, new_modules, weight_notes = _model(location, source, config, task, kind, head_seed)
+        coded = _coded(location, directory, config)
+        if coded is None:
+            model, new_modules, weight_notes = _model(location, source, config, task, kind, head_seed)
+        else:
+            model, new_modules, weight_notes = _coded_model(coded, location, source, config, task, kind, head_seed)
         notes += weight_notes
         notes += _set_padding(model, tokenizer, source)
         if context is not None:
@@ -170,11 +177,13 @@ def outline(source: str | Path, *, progress: Callable[[str], None] | None = None
             loader = getattr(importlib.import_module("transformers"), TASKS[task][0])
             break
         try:
-            with torch.device("meta"):
-                model: nn.Module = loader.from_config(config).eval()
+            from trimtab.models.coded.building import outlined
+
+            return outlined(loader, config, _coded(location, directory, config))
+        except UserError as error:
+            raise UserError(f"model {source}: {error.message}", fix=error.fix) from None
         except Exception as error:
             raise _not_loadable(source, "architecture", error) from error
-    return model
 
 
 def directory_of(source: str | Path) -> Path | None:
@@ -197,6 +206,15 @@ def check_directory(directory: str | Path, *, task: str = "causal") -> None:
     if directory.name in starters() and any("no config.json" in what for what, _ in problems):
         problems.append((f"it hides the starter {directory.name}", "rename the directory to get the starter"))
     _refuse(f"model {directory}", problems)
+
+
+def is_coded(directory: Path) -> bool:
+    """Whether the files of a model hold codes of another tool instead of dense weights."""
+    from trimtab.models.coded.packed import settings_of
+
+    if _config_problems(directory):
+        return False
+    return settings_of(json.loads((directory / "config.json").read_text(encoding="utf-8"))) is not None
 
 
 def fingerprint(model: str | Path | Loaded | nn.Module) -> str:
@@ -351,7 +369,69 @@ def _config_problems(directory: Path) -> list[_Problem]:
         return [(f"config.json cannot be read as JSON: {_reason(error)}", fix)]
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         return [("config.json has no model_type", fix)]
+    return _method_problems(config)
+
+
+def _method_problems(config: Mapping[str, Any]) -> list[_Problem]:
+    """Whether the weights are quantized by a method that is not read."""
+    from trimtab.models.coded.packed import layout_of, settings_of
+
+    try:
+        settings = settings_of(config)
+        if settings is not None:
+            layout_of(settings)
+    except UserError as error:
+        return [(error.message, error.fix or "give the model as it was before")]
     return []
+
+
+def _coded(location: str, directory: Path | None, config: Any) -> Source | None:
+    """The files of a model whose weights another tool has quantized; None for a dense one, or where no files are."""
+    from trimtab.models.coded.packed import Packed, settings_of
+
+    settings = settings_of(config)
+    if settings is None:
+        return None
+    if directory is None:
+        directory = _all_of_hub(location)
+    files, problems = _weights(directory, "causal")
+    if problems:
+        return None
+    source = Packed(settings, files)
+    _refuse(f"model {location}", source.damage())
+    return source
+
+
+def _all_of_hub(location: str) -> Path:
+    """The local copy of a hub model with all its weights, fetched where it is not here."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(location, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:
+        raise _no_hub(location, error) from error
+
+
+def _coded_model(
+    coded: Source, location: str, source: str | Path, config: Any, task: str, dtype: torch.dtype, head_seed: int
+) -> tuple[Any, tuple[str, ...], list[str]]:
+    """The model around its codes, as `_model` gives a dense one."""
+    import transformers
+
+    from trimtab.models.coded.building import built
+
+    loader = getattr(transformers, TASKS[task][0])
+    in_head = _in_head if task in _HEADS else None
+    try:
+        model, new, notes = built(loader, config, coded, str(source), dtype, head_seed, in_head)
+    except UserError as error:
+        told = error.message if error.message.startswith("model ") else f"model {source}: {error.message}"
+        raise UserError(told, fix=error.fix) from None
+    except Exception as error:
+        raise _not_loadable(source, "weights", error) from error
+    if (Path(location) / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(location)
+    return model, new, notes
 
 
 def _weights(directory: Path, task: str) -> tuple[list[Path], list[_Problem]]:

@@ -55,6 +55,8 @@ def hollow(
     if directory is None:
         return None
     loading.check_directory(directory, task="causal")
+    if loading.is_coded(directory):
+        return None
     files, _ = loading._weights(directory, "causal")
     kind, note = (DTYPES[dtype], None) if dtype != "auto" else loading._auto_dtype(device)
     slices = Slices(tuple(files), kind)

@@ -37,7 +37,7 @@ from trimtab.engine.faster import gate_namespace, norm_namespace, quick_gate, qu
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.models.loading import DTYPES
 from trimtab.plan.live import Live
-from trimtab.train.base import format_of, quantize_left
+from trimtab.train.base import format_of, quantize_left, require_dense
 from trimtab.train.recipe import Recipe, build_method
 from trimtab.train.run import add_penalties, group_of, placed_parts
 from trimtab.train.updates import rule_of, schedule_of
@@ -104,6 +104,7 @@ def attached(
     kind: torch.dtype,
 ) -> Bench:
     """The second half of `prepared`."""
+    require_dense(model, format)
     together = format is not None and any(part.method.takes_out for part in parts)
     if format is not None and not together:
         quantize_left(model, format)

@@ -72,7 +72,7 @@ def open_served(
     from trimtab.models.loading import fingerprint
     from trimtab.models.loading import load as load_model
     from trimtab.models.starters import quiet_transformers
-    from trimtab.train.base import quantize_left
+    from trimtab.train.base import quantize_left, require_dense
 
     own = base_name or Path(model).name
     check_names([own, *adapters])
@@ -83,6 +83,7 @@ def open_served(
     if dtype == "auto" and runs:
         dtype = runs[0].record["model"]["dtype"]
     loaded = load_model(model, dtype=dtype, device=device, context=context)
+    require_dense(loaded.model, format)
     found = fingerprint(loaded.directory or loaded.model)
     has_template = bool(getattr(loaded.tokenizer, "chat_template", None))
     names = {own: Wording(None, "chat" if has_template else "plain")}

@@ -49,6 +49,18 @@ def calibration(directory: Path) -> str:
     return sha256_of(kept)
 
 
+def require_dense(model: nn.Module, format: Format | None) -> None:
+    """Refuse a format for a base that came in codes of another one: they would have to be decoded and coded again."""
+    from trimtab.core.quantized import quantized_modules
+
+    codes: list[Any] = [module._modules["code"] for _, module in quantized_modules(model)]
+    if format is not None and codes and not any(code.format == format for code in codes):
+        raise UserError(
+            f"quantize: this model's weights are in codes already ({codes[0].format}), which are kept as they are",
+            fix="leave `quantize` out (for qlora: method lora), or give the model as it was before",
+        )
+
+
 def quantize_left(model: nn.Module, format: Format) -> None:
     """Quantize the frozen weights that are not quantized yet and carry no adapter."""
     from trimtab.core.quantized import quantize

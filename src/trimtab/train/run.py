@@ -457,6 +457,7 @@ def prepare(
             context=recipe.context,
         )
     model = loaded.model
+    base.require_dense(model, format)
     parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules, model)]
     reserved = sum(part.method.virtual_tokens for part in parts if isinstance(part.method, InputMethod))
     train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples, reserved)
