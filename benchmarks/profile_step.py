@@ -145,7 +145,10 @@ def main() -> None:
         "python": platform.python_version(),
     }
     if asked.top:
-        print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=asked.top, max_name_column_width=44))
+        table = recorded.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=asked.top, max_name_column_width=44
+        )
+        print(table)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"profile-{asked.task}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     json.dump(result, sys.stdout, indent=2)
