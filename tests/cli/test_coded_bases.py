@@ -58,7 +58,7 @@ def test_a_base_in_codes_of_another_tool(
     assert "came in codes" in refused.err
     twice = trimtab("tune", "--model", base, *common, "--quantize", "hqq", "--output", tmp_path / "twice")
     assert twice.code != 0
-    assert "in codes already" in twice.err
+    assert "in codes already" in twice.document["error"]
 
 
 def test_a_base_whose_codes_changed_is_refused(
