@@ -37,7 +37,8 @@ def random_blocks(kind: str, count: int, seed: int = 0) -> np.ndarray:
 def test_blocks_stand_for_what_the_package_gguf_says(kind: str) -> None:
     width = 256 if kind.endswith("K") else 32
     raw = random_blocks(kind, 3 * 2)
-    raw[0, list(HALVES.get(kind, (0,)))[0] : list(HALVES.get(kind, (0,)))[0] + 2] = 0  # a scale of zero
+    first = HALVES.get(kind, (0,))[0]
+    raw[0, first : first + 2] = 0  # a scale of zero
     wanted = gguf.dequantize(raw.reshape(3, -1), getattr(gguf.GGMLQuantizationType, kind))
     assert wanted.shape == (3, 2 * width)
     found = coded(kind, torch.from_numpy(raw.reshape(3, -1)), (3, 2 * width), lambda rows: rows)

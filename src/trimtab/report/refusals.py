@@ -36,7 +36,7 @@ def gguf() -> str:
     from trimtab.models.coded.gguf_file import ARCHITECTURES
 
     lines = [
-        f"Codes are kept in files of the architectures {', '.join(ARCHITECTURES)}; a file of another one is refused. A\n"
+        f"Codes are kept in files of the architectures {', '.join(ARCHITECTURES)}; others are refused. A\n"
         "linear layer of a type that is not in this table is decoded, and the run says how many are.\n",
         "| type | kept as |",
         "|---|---|",
