@@ -563,14 +563,14 @@ def _config(location: str, source: str | Path, *, hub: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(**_asked(location))
+        return AutoConfig.from_pretrained(**asked(location))
     except Exception as error:
         if hub and isinstance(error, OSError):
             raise _no_hub(str(source), error) from error
         raise _not_loadable(source, "configuration", error) from error
 
 
-def _asked(location: str) -> dict[str, str]:
+def asked(location: str) -> dict[str, str]:
     """What transformers is asked for: a directory or id, and the file of it where that is a GGUF file."""
     path = Path(location)
     if path.suffix == ".gguf" and path.is_file():
@@ -686,7 +686,7 @@ def _tokenizer(location: str, source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**_asked(location))
+        return AutoTokenizer.from_pretrained(**asked(location))
     except Exception as error:
         raise _not_loadable(source, "tokenizer", error) from error
 
