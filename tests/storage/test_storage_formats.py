@@ -23,7 +23,6 @@ from trimtab.storage.dense import Dense
 from trimtab.storage.dynamic8 import Dynamic8
 from trimtab.storage.fp4 import FP4
 from trimtab.storage.nf4 import LEVELS, MIDPOINTS, NF4, nearest
-from trimtab.storage.permuted import Permuted
 from trimtab.storage.pruned import Pruned
 
 FORMATS: list[Format] = [
@@ -48,7 +47,6 @@ FORMATS: list[Format] = [
     Affine(3, 16),
     Affine(2, 4),
     Affine(4, 1),
-    Permuted(Affine(3, 16)),
     Pruned(dtype="float32"),
     Pruned(0.9, "float32"),
 ]
