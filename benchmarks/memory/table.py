@@ -6,7 +6,7 @@
 Every cell is two processes of their own: one runs `tune` and reports its peak resident set, one runs the same steps
 under `trimtab.plan.live.Live`, which counts living tensors by category. Rows are made of common words, all of one
 length, and a point that is longer than a model reads has as many tokens in more rows. fp32 throughout. LISA and BAdam
-change what trains at every step, so that what a switch costs is in the peak. A cell that is in the result file already
+change what trains at every second step, so that both a state and a switch are in the three. A cell that is in the result file already
 is not run again, nor one that a model or method refuses (with `--again` it is); one that failed, or was killed, is.
 Writes the JSON and, beside it, a Markdown table with the sign of every error, each as a whole or not at all.
 """
@@ -34,10 +34,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "lora", "rank": 16, "where": "all-linear", "quantize": "nf4-double"},
     "adapters": {"method": "houlsby"},
     "bitfit": {"method": "bit_fit"},
-    "lisa": {"method": "full", "active": "lisa", "active_every": 1},
+    "lisa": {"method": "full", "active": "lisa", "active_every": 2},
     "galore": {"method": "full", "optimizer": "galore"},
     "lomo": {"method": "full", "optimizer": "lomo"},
-    "badam": {"method": "full", "active": "badam", "active_outside": True, "active_every": 1},
+    "badam": {"method": "full", "active": "badam", "active_outside": True, "active_every": 2},
     "apollo": {"method": "full", "optimizer": "apollo"},
     "peqa": {"method": "peqa"},
     "lora, checkpointed": {"method": "lora", "rank": 16, "where": "all-linear", "checkpointing": "block"},
