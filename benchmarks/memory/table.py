@@ -6,8 +6,8 @@
 Every cell is two processes of their own: one runs `tune` and reports its peak resident set, one runs the same steps
 under `trimtab.plan.live.Live`, which counts living tensors by category. Rows are made of common words, all of one
 length, and a point that is longer than a model reads has as many tokens in more rows. fp32 throughout. LISA and BAdam
-change what trains at every second step, so that both a state and a switch are in the three. A cell that is in the result file already
-is not run again, nor one that a model or method refuses (with `--again` it is); one that failed, or was killed, is.
+change what trains at every second step, so that both a state and a switch are in the three. A cell that is
+in the result file already is not run again, nor one that is refused (with `--again` it is); one that failed is.
 Writes the JSON and, beside it, a Markdown table with the sign of every error, each as a whole or not at all.
 """
 
