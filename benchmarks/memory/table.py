@@ -1,12 +1,14 @@
 """Peak memory of a training step: measured by category and as a process, beside what was predicted.
 
     python benchmarks/memory/table.py [--models smollm2-135m-instruct,minilm-l6] [--methods 'lora;full'] [--points 8x64]
-                                      [--no-lengths] [--steps 3] [--out benchmarks/results/memory.json]
+                                      [--no-lengths] [--steps 3] [--again] [--out benchmarks/results/memory.json]
 
 Every cell is two processes of their own: one runs `tune` and reports its peak resident set, one runs the same steps
 under `trimtab.plan.live.Live`, which counts living tensors by category. Rows are made of common words, all of one
-length. fp32 throughout. A cell that is in the result file already is not run again; one that a model or method refuses
-is kept with the reason. Writes the JSON and, beside it, a Markdown table with the sign of every error.
+length, and a point that is longer than a model reads has as many tokens in more rows. fp32 throughout. LISA and BAdam
+change what trains at every second step, so that both a state and a switch are in the three. A cell that is
+in the result file already is not run again, nor one that is refused (with `--again` it is); one that failed is.
+Writes the JSON and, beside it, a Markdown table with the sign of every error, each as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "lora", "rank": 16, "where": "all-linear", "quantize": "nf4-double"},
     "adapters": {"method": "houlsby"},
     "bitfit": {"method": "bit_fit"},
-    "lisa": {"method": "full", "active": "lisa"},
+    "lisa": {"method": "full", "active": "lisa", "active_every": 2},
     "galore": {"method": "full", "optimizer": "galore"},
     "lomo": {"method": "full", "optimizer": "lomo"},
-    "badam": {"method": "full", "active": "badam", "active_outside": True},
+    "badam": {"method": "full", "active": "badam", "active_outside": True, "active_every": 2},
     "apollo": {"method": "full", "optimizer": "apollo"},
     "peqa": {"method": "peqa"},
     "lora, checkpointed": {"method": "lora", "rank": 16, "where": "all-linear", "checkpointing": "block"},
@@ -55,12 +57,22 @@ def cells(
     """Every measurement: methods at the points, then LoRA over lengths."""
     for model in models:
         for name in methods:
-            for rows, length in points:
-                if length <= LIMITS.get(model, length):
-                    yield {"model": model, "name": name, "rows": rows, "length": length}
+            for rows, length in dict.fromkeys(fitted(model, *point) for point in points):
+                yield {"model": model, "name": name, "rows": rows, "length": length}
         for length in LENGTHS if lengths else ():
             if length <= LIMITS.get(model, length):
                 yield {"model": model, "name": "lora", "rows": 1, "length": length}
+
+
+def fitted(model: str, rows: int, length: int) -> tuple[int, int]:
+    """A point with rows no longer than the model reads, and as many tokens in all."""
+    longest = min(length, LIMITS.get(model, length))
+    return rows * length // longest, longest
+
+
+def is_done(found: dict[str, Any] | None, again: bool) -> bool:
+    """Whether a cell need not be run: it was measured, or refused and no second try is asked for."""
+    return found is not None and ("live" in found or ("skipped" in found and not again))
 
 
 def key_of(cell: dict[str, Any]) -> str:
@@ -154,9 +166,11 @@ def measured(cell: dict[str, Any], steps: int) -> dict[str, Any]:
         command = [sys.executable, __file__, "--cell", json.dumps(cell), "--kind", kind, "--steps", str(steps)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
-            return found | {
-                "skipped": next((line for line in done.stderr.splitlines() if "Error:" in line), "no reason given")
-            }
+            told = [line for line in done.stderr.splitlines() if "Error:" in line]
+            if told and "UserError:" in told[-1]:
+                return found | {"skipped": told[-1]}
+            killed = f"killed by signal {-done.returncode}" if done.returncode < 0 else "no reason given"
+            return found | {"failed": told[-1] if told else killed}
         found |= json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -171,8 +185,8 @@ def markdown(results: dict[str, Any]) -> str:
     more.append("|---" * (len(CATEGORIES) + 6) + "|")
     for cell in results["cells"].values():
         name = f"| {cell['model']} | {cell['name']} | {cell['rows']} x {cell['length']} |"
-        if "skipped" in cell:
-            lines.append(f"{name} | | skipped: {cell['skipped']} |")
+        if "live" not in cell:
+            lines.append(f"{name} | | refused: {cell['skipped']} |" if "skipped" in cell else f"{name} | | failed |")
             continue
         memory, live = cell["memory"], cell["live"]
         peak, told = memory["measured_bytes"], memory["predicted_bytes"]
@@ -189,6 +203,17 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([head, "## The process", "", *lines, "", "## Living tensors by category, MB", "", *more, ""])
 
 
+def write(path: Path, text: str) -> None:
+    """A file as a whole: a reader, or one who stops this, finds the old text or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reader.add_argument("--models", default=",".join(MODELS))
@@ -196,6 +221,7 @@ def main() -> None:
     reader.add_argument("--points", default=None, help="like 8x64,4x256")
     reader.add_argument("--no-lengths", action="store_true")
     reader.add_argument("--steps", type=int, default=3)
+    reader.add_argument("--again", action="store_true", help="try cells once more that were refused")
     reader.add_argument("--out", type=Path, default=RESULTS / "memory.json")
     reader.add_argument("--cell", help=argparse.SUPPRESS)
     reader.add_argument("--kind", help=argparse.SUPPRESS)
@@ -212,13 +238,12 @@ def main() -> None:
     if asked.out.is_file():
         results = json.loads(asked.out.read_text(encoding="utf-8"))
     for cell in cells(asked.models.split(","), methods, points, not asked.no_lengths):
-        if key_of(cell) in results["cells"]:
+        if is_done(results["cells"].get(key_of(cell)), asked.again):
             continue
         print(key_of(cell), flush=True)
         results["cells"][key_of(cell)] = measured(cell, asked.steps)
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        asked.out.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+        write(asked.out, json.dumps(results, indent=1) + "\n")
+        write(asked.out.with_suffix(".md"), markdown(results))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trimtab.interop.opening import Opened
     from trimtab.interop.saved import Saved
 
-TARGETS = ("trimtab", "peft", "lora", "gguf", "gguf-model")
+TARGETS = ("trimtab", "peft", "lora", "gguf", "gguf-model", "bitsandbytes")
 
 
 @click.command(cls=Verb, name="convert", short_help="Turn an adapter into another format.")
@@ -43,6 +43,7 @@ def command(
         lora        any change of weights as a plain LoRA of ours, with the error measured
         gguf        a LoRA file for llama.cpp and Ollama
         gguf-model  the merged model as a GGUF file
+        bitsandbytes  the merged model in 4 bits (NF4, double quantization), for transformers with bitsandbytes
         trimtab     an adapter of ours, from one of PEFT, AdapterHub or kohya's scripts
     """
     from trimtab.interop.load import is_foreign
@@ -61,6 +62,8 @@ def command(
             return as_lora(it, out, rank, energy)
         if to == "gguf-model":
             return as_gguf_model(it, out)
+        if to == "bitsandbytes":
+            return as_bitsandbytes(it, out)
         saved = it.saved or attached(it)
         named(saved, it)
         bare = without(it)
@@ -187,3 +190,35 @@ def as_gguf_model(it: Opened, out: Path) -> dict[str, Any]:
     count = write_gguf_model(it.model, it.tokenizer, out)
     say(heading(f"wrote {out}") + f", the merged model, {counted(count, 'tensor')}")
     return {"file": str(out), "format": "gguf-model", "tensors": count}
+
+
+def as_bitsandbytes(it: Opened, out: Path) -> dict[str, Any]:
+    """Write the merged model in bitsandbytes' 4-bit keys, and what rounding to 4 bits changes."""
+    from trimtab.cli.merge import made_at_once
+    from trimtab.core.merge import merge
+    from trimtab.core.quantized import dequantize, quantize
+    from trimtab.interop import proof
+    from trimtab.interop.bnb_model import write_bnb_model
+    from trimtab.storage.nf4 import NF4
+
+    rows, compared = proof.probes(it.run, it.model, it.tokenizer)
+    before = proof.log_probabilities(it.model, rows)
+    coded = any("code" in module._modules for module in it.model.modules())
+    merge(it.model, quantized="dense")
+    if coded:
+        dequantize(it.model)
+    quantize(it.model, NF4(double=True))
+    gap = proof.difference(before, proof.log_probabilities(it.model, rows), rows)
+    with made_at_once(out) as temporary:
+        count = write_bnb_model(it.model, it.tokenizer, temporary)
+    say(heading(f"wrote {out}") + f", the merged model, {counted(count, 'layer')} in NF4")
+    say(f"  log-probabilities differ by {figure(gap.largest)} at most, {figure(gap.mean)} in the mean, on {compared}")
+    say(f"  the likeliest token is the same at {gap.greedy_agreement:.2%} of positions")
+    say(f"  AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it where bitsandbytes is installed")
+    return {
+        "directory": str(out),
+        "format": "bitsandbytes",
+        "layers": count,
+        "log_probabilities": gap.as_json(),
+        "compared_on": compared,
+    }

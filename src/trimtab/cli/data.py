@@ -185,7 +185,7 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, a starter or a hub id; no weights are read."""
     from transformers import AutoTokenizer
 
-    from trimtab.models.loading import tokenizer_problems
+    from trimtab.models.loading import asked, tokenizer_problems
     from trimtab.models.starters import fetch, quiet_transformers, starters
 
     directory = Path(model).expanduser()
@@ -195,7 +195,7 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
         raise UserError(f"data: no tokenizer could be loaded from {model}: {problems[0][0]}", fix=problems[0][1])
     try:
         with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**asked(source))
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         fix = f"give a model directory, or a starter: {', '.join(starters())}"

@@ -119,7 +119,7 @@ def load(
         if task in _HEADS:
             notes += _set_labels(config, source, task, labels)
         tokenizer = _tokenizer(location, source)
-        coded = _coded(location, directory, config)
+        coded = _coded(location, directory, config, getattr(importlib.import_module("transformers"), TASKS[task][0]))
         if coded is None:
             model, new_modules, weight_notes = _model(location, source, config, task, kind, head_seed)
         else:
@@ -179,7 +179,7 @@ def outline(source: str | Path, *, progress: Callable[[str], None] | None = None
         try:
             from trimtab.models.coded.building import outlined
 
-            return outlined(loader, config, _coded(location, directory, config))
+            return outlined(loader, config, _coded(location, directory, config, loader))
         except UserError as error:
             raise UserError(f"model {source}: {error.message}", fix=error.fix) from None
         except Exception as error:
@@ -194,7 +194,13 @@ def directory_of(source: str | Path) -> Path | None:
 
 def check_directory(directory: str | Path, *, task: str = "causal") -> None:
     """Raises one `UserError` naming everything that keeps `directory` from being a loadable model."""
+    from trimtab.models.coded.gguf_file import is_gguf
+    from trimtab.models.coded.gguf_file import problems_of as gguf_problems
+
     directory = Path(directory)
+    if is_gguf(directory):
+        _refuse(f"model {directory}", gguf_problems(directory))
+        return
     if not directory.is_dir():
         raise UserError(f"model directory {directory} does not exist", fix="give the path of a directory")
     if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
@@ -210,8 +216,11 @@ def check_directory(directory: str | Path, *, task: str = "causal") -> None:
 
 def is_coded(directory: Path) -> bool:
     """Whether the files of a model hold codes of another tool instead of dense weights."""
+    from trimtab.models.coded.gguf_file import is_gguf
     from trimtab.models.coded.packed import settings_of
 
+    if is_gguf(directory):
+        return True
     if _config_problems(directory):
         return False
     return settings_of(json.loads((directory / "config.json").read_text(encoding="utf-8"))) is not None
@@ -223,7 +232,8 @@ def fingerprint(model: str | Path | Loaded | nn.Module) -> str:
     Of a directory (or a `Loaded`, which has one): over the fields of `config.json` that change what the model
     computes, and the weight files. Up to 1 GiB in all the files are hashed whole; beyond that each counts with its
     size, its header (every tensor's name, dtype, shape and place) and the first and last 64 KiB of every tensor, so
-    a change in the middle of a big tensor alone goes unseen. Copies of a directory have equal fingerprints; other
+    a change in the middle of a big tensor alone goes unseen. Of a GGUF file likewise: all of it, or a thousand pieces
+    of 64 KiB. Copies of a directory have equal fingerprints; other
     shards or another dtype of the same weights do not.
 
     Of a module: over its model type and the names, dtypes, shapes and content of its state dict, without attached
@@ -235,6 +245,8 @@ def fingerprint(model: str | Path | Loaded | nn.Module) -> str:
     if isinstance(model, nn.Module):
         return _module_fingerprint(model)
     directory = Path(model).expanduser()
+    if directory.suffix == ".gguf" and directory.is_file():
+        return _file_fingerprint(directory)
     if not directory.is_dir():
         raise UserError(f"model directory {directory} does not exist", fix="give the path of a directory")
     files, problems = _weights(directory, "causal")
@@ -330,10 +342,12 @@ def _locate(source: str | Path, progress: Callable[[str], None] | None) -> tuple
     text = str(source)
     if text and path.is_dir():
         return str(path), path
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path), path
     if path.is_file():
-        gguf = " (a GGUF file has to be converted to safetensors first)" if path.suffix == ".gguf" else ""
         raise UserError(
-            f"model {text} is a file; a model is a directory{gguf}", fix=f"give a directory, {_names_of_starters()}"
+            f"model {text} is a file; a model is a directory, or a GGUF file",
+            fix=f"give a directory, {_names_of_starters()}",
         )
     if text in starters():
         directory = fetch(text, progress=progress)
@@ -359,6 +373,10 @@ def _names_of_starters() -> str:
 
 
 def _config_problems(directory: Path) -> list[_Problem]:
+    from trimtab.models.coded.gguf_file import is_gguf, problems_of
+
+    if is_gguf(directory):
+        return problems_of(directory)
     path = directory / "config.json"
     if not path.is_file():
         return [("there is no config.json", "give the directory that save_pretrained wrote, with config.json in it")]
@@ -385,10 +403,20 @@ def _method_problems(config: Mapping[str, Any]) -> list[_Problem]:
     return []
 
 
-def _coded(location: str, directory: Path | None, config: Any) -> Source | None:
+def _coded(location: str, directory: Path | None, config: Any, loader: Any) -> Source | None:
     """The files of a model whose weights another tool has quantized; None for a dense one, or where no files are."""
+    from trimtab.models.coded.building import without_settings
+    from trimtab.models.coded.gguf_file import GGUFFile, is_gguf
     from trimtab.models.coded.packed import Packed, settings_of
 
+    if directory is not None and is_gguf(directory):
+        without_settings(config)
+        with torch.device("meta"):
+            blank = loader.from_config(config)
+        try:
+            return GGUFFile(directory, config, blank)
+        except UserError as error:
+            raise UserError(f"model {location}: {error.message}", fix=error.fix) from None
     settings = settings_of(config)
     if settings is None:
         return None
@@ -472,8 +500,8 @@ def _no_weights(directory: Path, task: str) -> _Problem:
         )
     if quantized := sorted(file.name for file in directory.glob("*.gguf")):
         return (
-            f"its weights are GGUF ({listing(quantized)}), a format for inference",
-            "get the safetensors form of the model, or dequantize it with transformers (from_pretrained gguf_file=...)",
+            f"its weights are GGUF ({listing(quantized)})",
+            f"name the file to keep its codes as a frozen base: --model {directory / quantized[0]}",
         )
     other = sorted(file.name for file in directory.iterdir() if file.suffix in _OTHER_WEIGHTS)
     found = f" (found {listing(other)})" if other else ""
@@ -535,11 +563,19 @@ def _config(location: str, source: str | Path, *, hub: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(location)
+        return AutoConfig.from_pretrained(**asked(location))
     except Exception as error:
         if hub and isinstance(error, OSError):
             raise _no_hub(str(source), error) from error
         raise _not_loadable(source, "configuration", error) from error
+
+
+def asked(location: str) -> dict[str, str]:
+    """What transformers is asked for: a directory or id, and the file of it where that is a GGUF file."""
+    path = Path(location)
+    if path.suffix == ".gguf" and path.is_file():
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": location}
 
 
 def _no_hub(source: str, error: BaseException) -> UserError:
@@ -650,7 +686,7 @@ def _tokenizer(location: str, source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(location)
+        return AutoTokenizer.from_pretrained(**asked(location))
     except Exception as error:
         raise _not_loadable(source, "tokenizer", error) from error
 
@@ -765,6 +801,20 @@ def _hash_file(file: Path, digest: Any, *, whole: bool) -> None:
             for offset in (first, max(first, last - SAMPLE_BYTES)):
                 opened.seek(begin + offset)
                 digest.update(opened.read(min(SAMPLE_BYTES, last - offset)))
+
+
+def _file_fingerprint(file: Path) -> str:
+    """Of one file that is a whole model: all of it, or beyond 1 GiB pieces of 64 KiB, a thousand at even distances."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{size}".encode())
+    with file.open("rb") as opened:
+        if size <= FULL_HASH_BYTES:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        for place in range(1000 if size > FULL_HASH_BYTES else 0):
+            opened.seek((size - SAMPLE_BYTES) * place // 999)
+            digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _module_fingerprint(model: nn.Module) -> str:

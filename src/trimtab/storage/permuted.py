@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
+from trimtab.storage._blocks import checked
 from trimtab.storage.affine import Affine
 
 
@@ -30,6 +31,7 @@ class Permuted(Format):
             raise UserError(f"Permuted: inner={self.inner!r} cannot store the columns", fix="e.g. inner=Affine()")
 
     def encode(self, W: Tensor) -> dict[str, Tensor]:
+        W = checked(W, "Permuted")
         order = torch.arange(W.shape[-1], dtype=torch.int32, device=W.device)
         return {**self.inner.encode(W), "order": order}
 
