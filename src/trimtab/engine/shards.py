@@ -20,6 +20,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.quantized import Code, quantized_modules
 from trimtab.core.site import is_conv1d
 from trimtab.engine.checkpointing import stacks_of
+from trimtab.engine.heap import give_memory_back
 from trimtab.engine.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -103,12 +104,3 @@ def mesh_of(way: str, device: torch.device, ranks: Ranks) -> DeviceMesh:
         )
     shape: Any = (ranks.size // ranks.local_size, ranks.local_size)
     return dist.init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shard"))
-
-
-def give_memory_back() -> None:
-    """Have the C library return gathered weights to the system at once, not keep them for later; where it is glibc."""
-    import ctypes
-    import sys
-
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD

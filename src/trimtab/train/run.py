@@ -7,8 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from trimtab.data.shares import shares
 from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES, running
+from trimtab.engine.heap import heap_kept
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.engine.ranks import ALONE, Ranks, joined
 from trimtab.engine.shifted_attention import can_shift, group_for
@@ -134,10 +135,14 @@ class Job:
             return bag(rows, self.seam.first_position)
         return pack(rows, SHARE if self.packing == "shared" else None, edited_ends(self.model) or ())
 
-    def running(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self) -> Iterator[None]:
         """What the model is trained and measured in."""
         packed, policy = self.packing != "off", self.recipe.checkpointing
-        return running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy, group=self.group)
+        heap = heap_kept() if self.device.type == "cpu" and self.recipe.shard == "none" else nullcontext()
+        parts = running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy, group=self.group)
+        with heap, parts:
+            yield
 
     def measure_again(self, part: Part, step: int) -> dict[str, torch.Tensor]:
         """The statistics of a part on some training rows, other ones after every step."""
