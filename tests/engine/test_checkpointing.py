@@ -14,7 +14,7 @@ import trimtab as tt
 from trimtab.core.errors import UserError
 from trimtab.data.batches import collate
 from trimtab.data.packing import pack
-from trimtab.engine import checkpointing as module
+from trimtab.engine import rerun as rerunning
 from trimtab.engine.checkpointing import POLICIES, checkpointing, stacks_of
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum
@@ -56,7 +56,7 @@ def agree(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_gradients_are_those_without(name: str, method: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAST", 1)
+    monkeypatch.setattr(rerunning, "LEAST", 1)
     model = ready(name, method)
     batches: list[Any] = [collate(rows_with_common_beginnings(), 0)]
     if method != "prefix":
@@ -77,7 +77,7 @@ def test_over_a_quantized_base(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["block", "sqrt", "selective", "offload"])
 def test_less_is_kept_for_backward(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAST", 1)
+    monkeypatch.setattr(rerunning, "LEAST", 1)
     model, batch = ready("llama", "lora"), collate(rows_with_common_beginnings(), 0)
 
     def kept(chosen: str) -> int:
@@ -95,7 +95,7 @@ def test_less_is_kept_for_backward(policy: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_offloaded_tensors_are_files_that_go_away(tmp_path: Path) -> None:
-    parked = module.Parked(torch.arange(5.0), str(tmp_path))
+    parked = rerunning.Parked(torch.arange(5.0), str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 1
     assert torch.equal(parked.tensor(), torch.arange(5.0))
     del parked
@@ -122,3 +122,43 @@ def test_both_stacks_of_an_encoder_decoder_run_again() -> None:
 
     model = T5ForConditionalGeneration(T5Config(vocab_size=30, d_model=16, d_ff=24, d_kv=4, num_layers=2, num_heads=4))
     assert stacks_of(model) == [list(model.encoder.block), list(model.decoder.block)]
+
+
+def test_a_block_leaves_one_node_and_a_shared_network_takes_torchs_way() -> None:
+    model, batch = ready("llama", "lora"), collate(rows_with_common_beginnings(), 0)
+    with running(model, packed=False, policy="block"):
+        summed, _ = loss_sum(model, batch, "causal")
+    names, waiting = [], [summed.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            names.append(node.name())
+            waiting += [one for one, _ in node.next_functions]
+    assert names.count("_RerunBackward") == len(model.model.layers)
+    assert len(names) < 12 * len(model.model.layers)
+    assert not rerunning.can_rerun((object(),))
+
+
+def test_what_a_block_draws_is_drawn_again_and_what_needs_no_gradient_leaves_nothing() -> None:
+    def run(x: Tensor, *, scale: float, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        noise = torch.rand_like(x)
+        return x * noise * scale + pair[0], {"noise": noise, "count": torch.tensor([3])}
+
+    torch.manual_seed(0)
+    x, pair = torch.randn(4, requires_grad=True), (torch.zeros(4), torch.ones(4))
+    (out, more) = rerunning.rerun(run, (x,), {"scale": 2.0, "pair": pair})
+    torch.rand(7)
+    after = torch.get_rng_state()
+    out.sum().backward()
+    assert torch.equal(x.grad, 2 * more["noise"])
+    assert int(more["count"]) == 3
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_the_shelf_holds_every_input_in_one_piece() -> None:
+    shelf = rerunning.Shelf(3)
+    given = [torch.full((2, 5), float(at)) for at in range(3)]
+    kept = [shelf.put(one) for one in given]
+    assert len({one.untyped_storage().data_ptr() for one in kept}) == 1
+    assert all(torch.equal(one, expected) for one, expected in zip(kept, given, strict=True))
+    assert shelf.put(torch.zeros(2, 4)).untyped_storage().data_ptr() != kept[0].untyped_storage().data_ptr()

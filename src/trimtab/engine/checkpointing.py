@@ -11,14 +11,11 @@ Gradients are those without checkpointing, for every method and for packed rows.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,14 +23,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from trimtab.core.attach import SHARED
 from trimtab.core.errors import UserError
 from trimtab.core.swap import swap, unswap
+from trimtab.engine import rerun as rerunning
+from trimtab.engine.rerun import Disk, PinnedHost, Place, Shelf, can_rerun, rerun, taken_apart
 
 POLICIES = ("off", "block", "sqrt", "selective", "offload")
 KEPT = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
 """Operators whose results `selective` keeps, besides attention's."""
-LEAST = 1 << 16
-"""Bytes below which a tensor is not worth offloading."""
 
 
 @contextmanager
@@ -52,10 +50,11 @@ def checkpointing(model: nn.Module, policy: str) -> Iterator[None]:
         )
     with tempfile.TemporaryDirectory() if policy == "offload" else nullcontext() as folder:
         for blocks in stacks:
-            size = math.isqrt(len(blocks) - 1) + 1
-            groups = [Group(blocks[at : at + size]) for at in range(0, len(blocks), size)]
-            for place, block in enumerate(blocks):
-                block.__dict__["_trimtab_again"] = groups[place // size] if policy == "sqrt" else Again(policy, folder)
+            size = math.isqrt(len(blocks) - 1) + 1 if policy == "sqrt" else 1
+            how = Again(policy, whole(model), place_for(blocks, policy, size, folder))
+            groups = [Group(blocks[at : at + size], how) for at in range(0, len(blocks), size)]
+            for at, block in enumerate(blocks):
+                block.__dict__["_trimtab_again"] = groups[at // size] if policy == "sqrt" else how
                 swap(block, grouped if policy == "sqrt" else wrapped)
         try:
             yield
@@ -96,12 +95,48 @@ def again(block: nn.Module) -> bool:
     return block.training and torch.is_grad_enabled()
 
 
+def whole(model: nn.Module) -> bool:
+    """Whether a block's graph can be cut off at its arguments: no weight comes or goes with hooks on its graph, as
+    sharded ones do, and no trained network outside makes what several blocks read."""
+    sharded = any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
+    shared: Any = model._modules.get(SHARED)
+    return not sharded and (shared is None or not any(one.requires_grad for one in shared.parameters()))
+
+
+def place_for(blocks: list[nn.Module], policy: str, size: int, folder: str | None) -> Place | None:
+    """Where the inputs of blocks, or groups of so many, wait for backward; None where they stay as they are."""
+    on_cpu = next(blocks[0].parameters()).device.type == "cpu"
+    if folder is not None:
+        return Disk(folder) if on_cpu else PinnedHost()
+    return Shelf(-(-len(blocks) // size)) if on_cpu and policy != "selective" else None
+
+
 @dataclass(frozen=True)
 class Again:
-    """How a single block runs again."""
+    """How blocks run again."""
 
     policy: str
-    folder: str | None
+    whole: bool
+    place: Place | None
+
+    def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`run`, of which backward makes again what the policy does not keep."""
+        if self.policy == "selective":
+            return checkpoint(run, *args, use_reentrant=False, context_fn=selective, **kwargs)
+        if self.whole and can_rerun((args, kwargs)):
+            return rerun(run, args, kwargs, self.place)
+        with elsewhere(self.place) if self.policy == "offload" and self.place else nullcontext():
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def elsewhere(place: Place) -> saved_tensors_hooks:
+    """Hooks that keep large saved tensors in a place until backward."""
+
+    def away(tensor: Tensor) -> Any:
+        small = tensor.nbytes < rerunning.LEAST or isinstance(tensor, nn.Parameter)
+        return tensor if small else (place.put(tensor),)
+
+    return saved_tensors_hooks(away, lambda kept: place.get(kept[0]) if isinstance(kept, tuple) else kept)
 
 
 def wrapped(cls: type) -> dict[str, Any]:
@@ -109,15 +144,20 @@ def wrapped(cls: type) -> dict[str, Any]:
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = partial(cls.__call__, self)
-        if not again(self):
+        if not again(self) or not trains([self], args, kwargs):
             return run(*args, **kwargs)
         how: Again = self.__dict__["_trimtab_again"]
-        if how.policy == "selective":
-            return checkpoint(run, *args, use_reentrant=False, context_fn=selective, **kwargs)
-        with outside(how.folder) if how.policy == "offload" else nullcontext():
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return how(run, args, kwargs)
 
     return {"__call__": call}
+
+
+def trains(blocks: list[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether blocks with these arguments have anything to do in backward."""
+    tensors: list[Tensor] = []
+    taken_apart((args, kwargs), tensors)
+    own = (one for block in blocks for one in block.parameters())
+    return any(one.requires_grad for one in (*tensors, *own))
 
 
 def selective() -> Any:
@@ -137,6 +177,7 @@ class Group:
     """Consecutive blocks that run, and run again, as one; they must all be called with the same arguments."""
 
     blocks: list[nn.Module]
+    how: Again
     given: tuple[Any, ...] = ()
 
 
@@ -150,7 +191,8 @@ def grouped(cls: type) -> dict[str, Any]:
         if self is group.blocks[0]:
             group.given = (args, kwargs)
             runs = [partial(type(block)._origin[0].__call__, block) for block in group.blocks]  # type: ignore[attr-defined]
-            return checkpoint(in_turn, x, runs, args, kwargs, use_reentrant=False)
+            run, given = partial(in_turn, runs), (x, *args)
+            return group.how(run, given, kwargs) if trains(group.blocks, given, kwargs) else run(*given, **kwargs)
         if not alike(group.given, (args, kwargs)):
             raise UserError(
                 "checkpointing: sqrt needs blocks that are called alike, and these get different masks or positions",
@@ -163,7 +205,7 @@ def grouped(cls: type) -> dict[str, Any]:
     return {"__call__": call}
 
 
-def in_turn(x: Tensor, runs: list[Callable[..., Any]], args: Any, kwargs: Any) -> Tensor:
+def in_turn(runs: Sequence[Callable[..., Any]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """One block after the other."""
     for run in runs:
         out = run(x, *args, **kwargs)
@@ -183,40 +225,3 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
     return one is other or (not isinstance(one, Tensor) and bool(one == other))
-
-
-class Parked:
-    """A tensor in a file that goes away with this object."""
-
-    def __init__(self, tensor: Tensor, folder: str) -> None:
-        from safetensors.torch import save_file
-
-        handle, self.path = tempfile.mkstemp(dir=folder, suffix=".safetensors")
-        os.close(handle)
-        save_file({"x": tensor.detach().contiguous()}, self.path)
-        weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
-
-    def tensor(self) -> Tensor:
-        from safetensors.torch import load_file
-
-        return load_file(self.path)["x"]
-
-
-def outside(folder: str | None) -> saved_tensors_hooks:
-    """Hooks that keep large saved tensors off the device until backward."""
-
-    def away(tensor: Tensor) -> Any:
-        if tensor.nbytes < LEAST or isinstance(tensor, nn.Parameter):
-            return tensor
-        if tensor.device.type == "cuda":
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            return tensor.device, host.copy_(tensor, non_blocking=True)
-        return tensor.device, Parked(tensor, folder or tempfile.gettempdir())
-
-    def back(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        device, where = kept
-        return where.tensor().to(device) if isinstance(where, Parked) else where.to(device, non_blocking=True)
-
-    return saved_tensors_hooks(away, back)

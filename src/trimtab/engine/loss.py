@@ -96,14 +96,14 @@ def only_positions(model: nn.Module, keep: Any) -> Iterator[bool]:
         handle.remove()
 
 
-CHUNK = 256
-"""Positions whose logits exist at a time."""
+CHUNK = 64
+"""Positions whose logits exist at a time; four times as many where the head trains, whose gradient each chunk adds."""
 
 
 def chunked_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None) -> Tensor:
     """-Σ weight·log p(target) of `head(hidden)`, hidden (terms, width), with its gradient taken chunk by chunk.
 
-    Never more than `CHUNK` rows of logits exist: the loss is a sum, so a chunk has its gradient as soon as its loss,
+    Never more than a chunk of the logits exists: the loss is a sum, so a chunk has its gradient as soon as its loss,
     and it goes back through the head at once.
     """
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
@@ -136,8 +136,9 @@ class _Chunked(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         wanted = [ctx.needs_input_grad[4], *(True for _ in trained)]
         sums = [torch.zeros_like(one) if asked else None for one, asked in zip((hidden, *trained), wanted, strict=True)]
-        for at in range(0, len(targets), CHUNK):
-            here = slice(at, at + CHUNK)
+        chunk = 4 * CHUNK if trained else CHUNK
+        for at in range(0, len(targets), chunk):
+            here = slice(at, at + chunk)
             rows, W = hidden[here].detach().requires_grad_(wanted[0]), frozen_head(head, hidden)
             if W is None:
                 with torch.enable_grad():
