@@ -49,6 +49,13 @@ WORDS = {
 @click.option("--completions", type=click.FloatRange(0, 1), default=1.0, help="Share of a row's tokens that trains.")
 @click.option("--tokens", type=float, help="Training tokens of the whole run, for its operations.")
 @click.option("--fit", help="A size (24GB) or a device (rtx4090); without --method: list the recipes that fit.")
+@click.option("--gpus", type=click.IntRange(min=1), help="Plan for so many devices a machine; --fit names the device.")
+@click.option("--nodes", type=click.IntRange(min=1), help="Machines with that many devices each.  [default: 1]")
+@click.option("--device-flops", type=click.FloatRange(min=0, min_open=True), help="Operations/s a device reaches.")
+@click.option("--node-bandwidth", help="Bytes/s of a device inside its machine: 300GB.")
+@click.option("--link-bandwidth", help="Bytes/s of a device to other machines: 25GB.")
+@click.option("--link-latency", type=click.FloatRange(min=0), help="Seconds before a message arrives: 1e-5.")
+@click.option("--plot", help="With --gpus: a folder for the plot of scaling.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -65,6 +72,13 @@ def command(
     completions: float,
     tokens: float | None,
     fit: str | None,
+    gpus: int | None,
+    nodes: int | None,
+    device_flops: float | None,
+    node_bandwidth: str | None,
+    link_bandwidth: str | None,
+    link_latency: float | None,
+    plot: str | None,
 ) -> dict[str, Any]:
     """Predict the peak memory of a training step by category, its operations, what is saved, and whether it fits.
 
@@ -72,6 +86,7 @@ def command(
         trimtab plan --model smollm2-135m-instruct --method lora,full --length 256 --dtype float32
         trimtab plan --model path/to/config.json --method lora --rank 64 --quantize nf4-double --fit 48GB
         trimtab plan --model path/to/config.json --fit 24GB
+        trimtab plan --model path/to/config.json --method lora --batch-size 256 --fit h100 --gpus 8 --nodes 4
 
     Settings of the method and other keys of a recipe are taken as flags. Without --fit the plan is for this machine.
     """
@@ -81,6 +96,11 @@ def command(
     given |= {"checkpointing": checkpointing, "optimizer": optimizer, "active": active}
     settings = {key: value for key, value in given.items() if value is not None} | extra(ctx.args)
     where = room(fit)
+    links = {"node_bandwidth": node_bandwidth, "link_bandwidth": link_bandwidth, "link_latency": link_latency}
+    if gpus or nodes:
+        several = wanted(model, methods, recipes, settings)
+        return on_many(several, where, completions, (gpus or 1, nodes or 1), {"flops": device_flops, **links}, plot)
+    refuse_alone({"device_flops": device_flops, **links, "plot": plot})
     if fit and not methods and not recipes:
         return list_fitting(needed(model), where, settings)
     documents: list[dict[str, Any]] = []
@@ -97,6 +117,37 @@ def command(
         say(told(one, tokens) + ("" if values is asked[-1] else "\n"))
         documents.append(one.document() | ({"flops": tokens * one.flops_per_token} if tokens else {}))
     return documents[0] if len(documents) == 1 else {"plans": documents}
+
+
+def refuse_alone(given: Mapping[str, Any]) -> None:
+    """Flags that mean nothing for one device."""
+    for name, value in given.items():
+        if value is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"plan: {flag} is for several devices", fix=f"--gpus 8 --nodes 4 {flag} ...")
+
+
+def on_many(
+    recipes: Sequence[Mapping[str, Any]],
+    where: Any,
+    completions: float,
+    cluster: tuple[int, int],
+    rates: Mapping[str, Any],
+    plot: str | None,
+) -> dict[str, Any]:
+    """One recipe on several machines."""
+    from trimtab.cli.scaling import tell
+    from trimtab.models.starters import quiet_transformers
+    from trimtab.plan.devices import device_of
+    from trimtab.plan.scaling import scaling_of
+    from trimtab.train.recipe import recipe_from
+
+    if len(recipes) > 1:
+        names = ", ".join(str(one.get("method", "lora")) for one in recipes)
+        raise UserError(f"plan: --gpus plans one recipe at a time, and these are {names}", fix="one --method")
+    with quiet_transformers():
+        found = scaling_of(recipe_from(recipes[0]), where, device_of(where, **rates), *cluster, completions=completions)
+    return tell(found, plot)
 
 
 def extra(args: Sequence[str]) -> dict[str, str]:

@@ -191,7 +191,7 @@ def grouped(cls: type) -> dict[str, Any]:
         if self is group.blocks[0]:
             group.given = (args, kwargs)
             runs = [partial(type(block)._origin[0].__call__, block) for block in group.blocks]  # type: ignore[attr-defined]
-            run, given = partial(in_turn, runs), (x, *args)
+            run, given = partial(_in_turn, runs), (x, *args)
             return group.how(run, given, kwargs) if trains(group.blocks, given, kwargs) else run(*given, **kwargs)
         if not alike(group.given, (args, kwargs)):
             raise UserError(
@@ -205,7 +205,7 @@ def grouped(cls: type) -> dict[str, Any]:
     return {"__call__": call}
 
 
-def in_turn(runs: Sequence[Callable[..., Any]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _in_turn(runs: Sequence[Callable[..., Any]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """One block after the other."""
     for run in runs:
         out = run(x, *args, **kwargs)
