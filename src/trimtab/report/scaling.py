@@ -28,7 +28,7 @@ def scaling_plot(scaling: Scaling, folder: Path) -> Plot:
         text.set_color(INK)
     last = scaling.weak[-1]
     words = (
-        f"Predicted rows a second and device, as a share of one that waits for nobody. With {last.rows} rows a device, {last.devices} devices reach "
-        f"{last.efficiency(scaling.alone):.0%}."
+        "Predicted rows a second and device, as a share of one that waits for nobody. "
+        f"With {last.rows} rows a device, {last.devices} devices reach {last.efficiency(scaling.alone):.0%}."
     )
     return finished(made, folder, "scaling", f"{scaling.model} on many devices", words)
