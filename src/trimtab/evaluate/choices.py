@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.data.encode import encode
+from trimtab.data.encode import encode_all
 from trimtab.data.forms import PromptCompletion
 from trimtab.evaluate.generate import evaluating
 
@@ -130,15 +130,16 @@ def score(
     `shared`: the tokens that all choices of a question begin with are computed once and their keys and values kept for
     the choices' own; else every choice is computed whole. Both give the same numbers but for rounding.
     """
+    rows = [PromptCompletion(one.prompt, choice) for one in asked for choice in one.choices]
+    made = encode_all(rows, tokenizer, max_length=None, separator=separator) if rows else ()
+    if len(made) != len(rows):
+        raise UserError(f"choices: {len(rows) - len(made)} of {len(rows)} choices have no tokens", fix="leave them out")
+    encoded = iter(made)
     found = []
     with evaluating(model):
         for done, one in enumerate(asked, 1):
-            rows = [
-                encode(PromptCompletion(one.prompt, choice), tokenizer, max_length=None, separator=separator)
-                for choice in one.choices
-            ]
-            ids = [list(row.ids) for row in rows]
-            wanted = [list(row.trained) for row in rows]
+            own = [next(encoded) for _ in one.choices]
+            ids, wanted = [list(row.ids) for row in own], [list(row.trained) for row in own]
             scores = together(model, ids, wanted) if shared else apart(model, ids, wanted)
             tokens, sizes = tuple(map(sum, wanted)), tuple(len(choice.encode()) for choice in one.choices)
             found.append(Choice(tuple(scores), tokens, sizes, one.answer))
