@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "Find the method for your model and data, with intervals.",
     "eval": "Measure a run or a model on a data file.",
     "plan": "Predict memory, operations and size before anything is loaded.",
+    "analyze": "Show what runs changed in the weights: lengths, directions, rank.",
     "bench": "Time adapters in use: latency, switching, mixed batches.",
     "verify": "Check a recipe on its own model and rows, without training.",
     "chat": "Talk to a tuned model.",

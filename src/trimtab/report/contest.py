@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -37,9 +37,6 @@ def write(result: Mapping[str, Any], folder: Path) -> Path:
 
 def page(result: Mapping[str, Any], drawn: list[Plot]) -> str:
     """The whole page."""
-    style, script = (
-        resources.files("trimtab.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
-    )
     setup, verdict = result["setup"], result["verdict"]
     title = f"{Path(setup['model']).name} on {Path(setup['data']).name}"
     taken = verdict["recommended"]
@@ -53,6 +50,14 @@ def page(result: Mapping[str, Any], drawn: list[Plot]) -> str:
         section("Not run to the end", pairs(result["skipped"])) if result["skipped"] else "",
         section("Settings", pairs(settings(result))),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page that needs nothing from outside, of these parts."""
+    style, script = (
+        resources.files("trimtab.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
