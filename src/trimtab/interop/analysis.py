@@ -67,7 +67,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All sites, and the correlation of ΔM and ΔD over them: of all together and of each role."""
+    """All sites, and the correlation of ΔM and ΔD: over those of the model's layers, and over those of each role."""
 
     adapter: str
     changes: tuple[Change, ...]
@@ -112,7 +112,8 @@ def analyse(
         progress(done, len(sites))
     roles = sorted({one.role for one in changes if one.role})
     by_role = {role: correlation(one for one in changes if one.role == role) for role in roles}
-    return Analysis(name, tuple(changes), correlation(changes), by_role)
+    inside = [one for one in changes if one.layer is not None] or changes  # a new head learns on another scale
+    return Analysis(name, tuple(changes), correlation(inside), by_role)
 
 
 def change_of(place: Place, W: Tensor, D: Tensor, overlap: bool) -> Change:
