@@ -125,7 +125,7 @@ def contestant(text: str, search: bool = False) -> Entry:
     name, _, given = text.strip().partition(":")
     known, kind = look_up(beginning(name))
     if kind not in ("methods", "presets"):
-        raise UserError(f"compare: {name} is not a method", fix="`trimtab methods` lists methods and presets")
+        raise UserError(f"{name} is not a method", fix="`trimtab methods` lists methods and presets")
     settings = settings_of(text, known, given)
     recipe: dict[str, Any] = {"method": known, **settings}
     if known == "full" and "where" not in settings:
@@ -156,7 +156,7 @@ def settings_of(text: str, name: str, given: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or key not in known:
             raise UserError(
-                f"compare: {text!r}: {item!r} is no setting of {name}",
+                f"{text!r}: {item!r} is no setting of {name}",
                 fix=f"{name}:SETTING=VALUE with {listing(sorted(known))}",
             )
         found[key] = value
