@@ -24,6 +24,7 @@ import torch
 
 import trimtab as tt
 from trimtab.core import delta as deltas
+from trimtab.evaluate import timing
 from trimtab.models.loading import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,22 +60,8 @@ def ways(model: Any, rows: int) -> dict[str, Callable[[], None]]:
 
 def jobs(model: Any, rows: int, tokens: int) -> dict[str, Callable[[], Callable[[], Any]]]:
     """Job -> its preparation, which returns what is timed."""
-    ids = torch.randint(1000, 40000, (rows, tokens), generator=torch.Generator().manual_seed(1))
-
-    def forward() -> Callable[[], Any]:
-        return lambda: model(input_ids=ids, logits_to_keep=1).logits
-
-    def step() -> Callable[[], Any]:
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-
-        def once() -> Any:
-            logits = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
-            cache.crop(-1)
-            return logits
-
-        return once
-
-    return {"forward": forward, "step": step}
+    ids = timing.tokens(model, rows, tokens)
+    return {"forward": lambda: timing.forward_of(model, ids), "step": lambda: timing.step_of(model, ids)}
 
 
 def measure(model: Any, asked: argparse.Namespace) -> dict[str, Any]:

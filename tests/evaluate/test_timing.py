@@ -13,6 +13,7 @@ from tests.engine.test_packing import llama
 import trimtab as tt
 from trimtab.core.errors import UserError
 from trimtab.core.method import Placed
+from trimtab.core.quantized import quantized_modules
 from trimtab.evaluate import timing
 
 
@@ -34,7 +35,7 @@ def test_ways_take_turns_and_ratios_are_within_a_round() -> None:
     found = timing.in_turns(
         {"a": way("a", 0.002), "b": way("b", 0.008)}, 6, before={"b": lambda: (seen.append("-"), time.sleep(0.02))}
     )
-    assert seen == ["a", "-", "b"] * 7
+    assert seen == ["a", "-", "b", "-", "b", "a"] * 3 + ["a", "-", "b"]  # rounds begin with each in turn
     assert found[0].ratio == found[0].low == found[0].high == 1
     assert 1.5 < found[1].ratio < 6
     assert found[1].low <= found[1].ratio <= found[1].high
@@ -68,6 +69,38 @@ def test_latency_times_every_method_at_every_size(job: str) -> None:
         assert all(one.seconds > 0 for one in cell.timed)
     with pytest.raises(UserError, match="no job"):
         timing.latency(llama(), methods, batches=[1], lengths=[4], job="backward")
+
+
+def test_a_format_is_that_of_its_method_alone() -> None:
+    model = llama().eval()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    part = [Placed(tt.LoRA(rank=2), "all-linear")]
+    made = timing.prepared(model, part, tt.NF4())
+    assert len(list(quantized_modules(made))) == 7 * len(model.model.layers)
+    assert not list(quantized_modules(model))
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    ids = timing.tokens(model, 2, 4)
+    with torch.no_grad():
+        assert torch.equal(timing.prepared(model, part, None)(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert not torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+    started = timing.prepared(model, [Placed(tt.LoRA(rank=2, start=tt.LoftQ()), "all-linear")], tt.NF4())
+    assert len(list(quantized_modules(started))) == 7 * len(model.model.layers)
+
+
+def test_rows_that_are_too_long_are_refused_with_the_longest_that_fits() -> None:
+    model = llama()
+    model.config.max_position_embeddings = 16
+    prompt = {"prompt_tuning": [Placed(tt.PromptTuning(length=5), None)]}
+    timing.check(model, "forward", 16, {"base": []})
+    timing.check(model, "step", 10, prompt)
+    for job, length, methods, fits in (
+        ("forward", 17, {"base": []}, 16), ("step", 16, {"base": []}, 15), ("step", 11, prompt, 10)
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="too long") as problem:
+            timing.check(model, job, length, methods)
+        assert problem.value.fix == f"--length {fits}"
+    with pytest.raises(UserError, match="cannot differ"):
+        timing.mixed(model, [Placed(tt.LoRA(rank=2), None)], rows=1, length=4)
 
 
 def test_the_next_token_is_that_of_the_whole_row() -> None:

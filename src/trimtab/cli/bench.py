@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from trimtab.cli.verb import Verb, columns, heading, say, size
 from trimtab.core.errors import UserError
 
 if TYPE_CHECKING:
+    from trimtab.core.format import Format
     from trimtab.core.method import Placed
     from trimtab.evaluate.timing import Timed
 
@@ -23,7 +25,7 @@ KINDS = ("latency", "switch", "mixed")
 @click.command(cls=Verb, name="bench", short_help="Time adapters in use: latency, switching, mixed batches.")
 @click.argument("kind", metavar="KIND", type=click.Choice(KINDS))
 @click.option("--model", required=True, help="A directory, a starter or a hub id; a config.json gets random weights.")
-@click.option("--methods", default="lora", show_default=True, help="With commas; switch and mixed take the first.")
+@click.option("--methods", default="lora", show_default=True, help="With commas; settings as houlsby:bottleneck=8.")
 @click.option("--batch", default="1,4", show_default=True, help="Rows of a pass, with commas. mixed: one number.")
 @click.option("--length", default="32,128", show_default=True, help="Tokens of a row, with commas. mixed: one number.")
 @click.option("--job", type=click.Choice(("forward", "step")), default="forward", help="A pass, or the next token.")
@@ -55,17 +57,21 @@ def command(
 
     `latency` compares methods with the plain model, which is also what a merged adapter costs. `switch` times going
     to another adapter that is loaded, and to one on disk. `mixed` compares a batch in which every row has an adapter
-    of its own with one adapter for all rows.
+    of its own with one adapter for all rows. The last two take one method.
     """
     from trimtab.evaluate import timing
 
     batches, lengths = numbers("--batch", batch), numbers("--length", length)
-    if out and not Path(out).resolve().parent.is_dir():
-        raise UserError(f"bench: --out {out}: there is no such folder", fix=f"mkdir -p {Path(out).parent}")
+    wanted = {name: recipe_of(name) for name in names(methods)}
+    if kind != "latency" and len(wanted) > 1:
+        raise UserError(f"bench {kind}: {len(wanted)} methods, and it takes one", fix=f"--methods {next(iter(wanted))}")
+    if out:
+        check_writable(out)
     base = opened(model, dtype, device)
-    asked = {name: parts_of(name, base) for name in names(methods)}
+    asked = {name: parts_of(recipe, base) for name, recipe in wanted.items()}
+    formats = {name: kept for name, recipe in wanted.items() if (kept := storage_of(recipe, base)) is not None}
     document: dict[str, Any] = {"kind": kind, "model": model, "conditions": conditions(base, rounds, job)}
-    first = next(iter(asked.values()))
+    name, first = next(iter(asked.items()))
     if kind == "latency":
         cells = timing.latency(
             base,
@@ -74,6 +80,7 @@ def command(
             lengths=lengths,
             rounds=rounds,
             job=job,
+            formats=formats,
             tell=lambda text: say(f"timing {text}", err=True),
         )
         document["cells"] = [
@@ -84,20 +91,22 @@ def command(
             say(heading(f"{one.batch} row{'s' * (one.batch > 1)} of {one.length} tokens, {job}"))
             say(columns([told(timed) for timed in one.timed], right=(1, 2)) + "\n")
     elif kind == "switch":
-        found = timing.switching(base, first, adapters=adapters, rounds=rounds)
-        document |= {"method": next(iter(asked)), "adapters": adapters, "saved_bytes": found.saved_bytes}
+        found = timing.switching(base, first, adapters=adapters, rounds=rounds, format=formats.get(name))
+        document |= {"method": name, "adapters": adapters, "saved_bytes": found.saved_bytes}
         document["timed"] = [one.document() for one in found.timed]
-        say(heading(f"{next(iter(asked))}: to another of {adapters} adapters ({size(found.saved_bytes)} each)"))
+        say(heading(f"{name}: to another of {adapters} adapters ({size(found.saved_bytes)} each)"))
         say(columns([(one.name, milliseconds(one.seconds)) for one in found.timed], right=(1,)) + "\n")
     else:
         if len(batches) > 1 or len(lengths) > 1:
             batches, lengths = batches[-1:], lengths[:1]
             say(f"mixed takes one batch and one length: {batches[0]} rows of {lengths[0]} tokens", err=True)
-        timed = timing.mixed(base, first, rows=batches[0], length=lengths[0], rounds=rounds, job=job)
-        document |= {"method": next(iter(asked)), "rows": batches[0], "length": lengths[0]}
+        timed = timing.mixed(
+            base, first, rows=batches[0], length=lengths[0], rounds=rounds, job=job, format=formats.get(name)
+        )
+        document |= {"method": name, "rows": batches[0], "length": lengths[0]}
         document["timed"] = [one.document() for one in timed]
         document["throughput_beside_one_adapter"] = 1 / timed[1].ratio
-        say(heading(f"{next(iter(asked))}: {batches[0]} rows of {lengths[0]} tokens, {job}"))
+        say(heading(f"{name}: {batches[0]} rows of {lengths[0]} tokens, {job}"))
         say(columns([told(one) for one in timed], right=(1, 2)))
         say(f"one adapter for each row: {1 / timed[1].ratio:.2f} times the rows a second of one for all\n")
     rest = document["conditions"]
@@ -127,32 +136,57 @@ def names(text: str) -> list[str]:
 
 
 def opened(source: str, dtype: str, device: str) -> Any:
-    """The model; from a `config.json` alone, or a folder with nothing else, with random weights of its shape."""
-    from trimtab.models.loading import load, outline
+    """The model, with a head of one number where it only reads; from a `config.json` with random weights."""
+    from trimtab.models.loading import load, of_shape, outline
     from trimtab.models.starters import quiet_transformers
 
-    path = Path(source)
     with quiet_transformers():
-        if path.name != "config.json":
-            return load(source, dtype=dtype, device=device).model.eval()
-        import torch
-
-        from trimtab.models.loading import DTYPES
-
-        shape: Any = outline(path.parent)
-        torch.manual_seed(0)
-        made = type(shape)(shape.config).eval()
-        kind = DTYPES["float32" if dtype == "auto" else dtype]
-        return made.to(kind) if device in ("auto", "cpu") else made.to(device, kind)
+        if Path(source).name == "config.json":
+            return of_shape(source, dtype=dtype, device=device)
+        shape: Any = outline(source)
+        reads = "seq2seq" if shape.config.is_encoder_decoder else "regress"
+        return load(source, task="causal" if is_causal(shape) else reads, dtype=dtype, device=device).model
 
 
-def parts_of(name: str, model: Any) -> list[Placed]:
-    """A method or preset by name, with its own places."""
-    from trimtab.train.recipe import build_method, recipe_from
+def is_causal(model: Any) -> bool:
+    """Whether a model writes behind what it reads."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
+def recipe_of(text: str) -> Any:
+    """The recipe of a method or preset, `lora` or `lora:rank=16`."""
+    from trimtab.compare.setup import contestant
+    from trimtab.train.recipe import recipe_from
+
+    return recipe_from({"model": "-", "data": "-", **contestant(text).recipe})
+
+
+def parts_of(recipe: Any, model: Any) -> list[Placed]:
+    """What a recipe attaches, and where."""
+    from trimtab.train.recipe import build_method
     from trimtab.train.run import placed_parts
 
-    recipe = recipe_from({"model": "-", "data": "-", "method": name})
     return placed_parts(build_method(recipe), recipe.where, [], model)
+
+
+def storage_of(recipe: Any, model: Any) -> Format | None:
+    """The format that a recipe keeps the frozen weights in."""
+    from trimtab.train.base import format_of, require_dense
+
+    format = format_of(recipe)
+    require_dense(model, format)
+    return format
+
+
+def check_writable(out: str) -> None:
+    """Refuse a file that could not be written, before anything is measured."""
+    folder = Path(out).resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"bench: --out {out}: there is no such folder", fix=f"mkdir -p {Path(out).parent}")
+    if Path(out).is_dir():
+        raise UserError(f"bench: --out {out} is a folder", fix=f"--out {Path(out) / 'bench.json'}")
+    if not os.access(Path(out) if Path(out).exists() else folder, os.W_OK):
+        raise UserError(f"bench: --out {out} may not be written", fix="check its permissions, or use another path")
 
 
 def conditions(model: Any, rounds: int, job: str) -> dict[str, Any]:
@@ -160,6 +194,7 @@ def conditions(model: Any, rounds: int, job: str) -> dict[str, Any]:
     import torch
 
     from trimtab import __version__
+    from trimtab.evaluate.timing import FEWEST
 
     weight = next(model.parameters())
     return {
@@ -172,7 +207,9 @@ def conditions(model: Any, rounds: int, job: str) -> dict[str, Any]:
         "job": job,
         "torch": torch.__version__,
         "trimtab": __version__,
-        "interval": "of the median of ratios within a round, sign test, 95 %",
+        "interval": "of the median of ratios within a round, sign test, 95 %"
+        if rounds >= FEWEST
+        else f"none: smallest and largest ratio, since {rounds} rounds are fewer than {FEWEST}",
     }
 
 

@@ -22,6 +22,8 @@ FIRST = 0.25
 """Length of the runs of the first round, as a share of a final one; those of the second have its length."""
 FEWEST = 8
 """Steps of the shortest run."""
+JUDGED = 1500
+"""Rows that a share of a larger file holds out where fewer would do for few training rows: they choose and judge."""
 REFERENCES = ("untuned", "few-shot", "head only", "full")
 SEARCHED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "lora": {"rank": (4, 32)},
@@ -49,7 +51,7 @@ class Setup:
     methods: tuple[str, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
     heldout: str = "0.2"
-    """Rows kept from training, a share, a number or a file: the smaller part chooses rates, the larger judges."""
+    """Rows kept from training, a share, a number or a file: a third chooses rates, the rest judges (`held_out`)."""
     limit: int | None = None
     seeds: int = 3
     steps: int | None = None
@@ -125,7 +127,7 @@ def contestant(text: str, search: bool = False) -> Entry:
     name, _, given = text.strip().partition(":")
     known, kind = look_up(beginning(name))
     if kind not in ("methods", "presets"):
-        raise UserError(f"compare: {name} is not a method", fix="`trimtab methods` lists methods and presets")
+        raise UserError(f"{name} is not a method", fix="`trimtab methods` lists methods and presets")
     settings = settings_of(text, known, given)
     recipe: dict[str, Any] = {"method": known, **settings}
     if known == "full" and "where" not in settings:
@@ -156,7 +158,7 @@ def settings_of(text: str, name: str, given: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or key not in known:
             raise UserError(
-                f"compare: {text!r}: {item!r} is no setting of {name}",
+                f"{text!r}: {item!r} is no setting of {name}",
                 fix=f"{name}:SETTING=VALUE with {listing(sorted(known))}",
             )
         found[key] = value
@@ -182,7 +184,7 @@ def write_parts(setup: Setup, folder: Path) -> dict[str, int]:
         kept, source = examples(other, detect(other, setup.columns or None)), other
         train = found
     else:
-        train, kept = split(found, amount(setup.heldout), setup.seed)
+        train, kept = split(found, held_out(setup, len(found)), setup.seed)
         source = table
     if len(kept) < 4:
         raise UserError(
@@ -201,6 +203,19 @@ def write_rows(path: Path, rows: Sequence[Any], table: Table) -> None:
     """Rows of a table as they stand in it."""
     lines = [json.dumps(table.rows[one.row - 1], ensure_ascii=False, default=str) for one in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def held_out(setup: Setup, rows: int) -> int | float:
+    """What is kept from training: the number of rows asked for, or the share.
+
+    Where `limit` leaves rows out, the share is of those in use, and of more only up to `JUDGED`: measuring on all
+    others would take longer than the training.
+    """
+    share = amount(setup.heldout)
+    if isinstance(share, int) or setup.limit is None or not 0 < share < 1:
+        return share
+    of_used = setup.limit * share / (1 - share)
+    return min(max(1, round(share * rows)), max(round(of_used), JUDGED))
 
 
 def amount(text: str) -> int | float:

@@ -186,6 +186,20 @@ def outline(source: str | Path, *, progress: Callable[[str], None] | None = None
             raise _not_loadable(source, "architecture", error) from error
 
 
+def of_shape(config: str | Path, *, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Any:
+    """A model in evaluation mode of the shape a `config.json` gives, with random weights; `dtype` auto is float32.
+
+    Its class is that of `outline`; the global random state stays as it was.
+    """
+    _check_request(config, "causal", None, dtype)
+    where = _device(device)
+    shape: Any = outline(Path(config).parent)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        made = type(shape)(shape.config)
+    return made.to(where, DTYPES["float32" if dtype == "auto" else dtype]).eval()
+
+
 def directory_of(source: str | Path) -> Path | None:
     """Where the files of a model are: a directory, a starter's, or the hub's local copy; None if that is not known."""
     location, directory = _locate(source, None)
