@@ -204,7 +204,11 @@ def describe(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     for part in adapter.parts:
         sites = []
         for place in part.places:
-            entry = {key: value for key, value in dataclasses.asdict(place).items() if value not in (None, False)}
+            entry = {
+                key: value
+                for key, value in dataclasses.asdict(place).items()
+                if value is not None and value is not False
+            }
             sites.append(entry | {"shape": list(site_at(model, state, place).base.shape)})
         encoded = {"quantized": to_json(part.format)} if part.format is not None else {}
         entry = {"label": part.label, "method": to_json(part.method), "where": part.where}

@@ -138,7 +138,11 @@ def assemble(
         sites = []
         for draft in members:
             shape = list(site_at(model, State(), draft.place).base.shape)
-            known = {key: value for key, value in dataclasses.asdict(draft.place).items() if value not in (None, False)}
+            known = {
+                key: value
+                for key, value in dataclasses.asdict(draft.place).items()
+                if value is not None and value is not False
+            }
             sites.append(known | {"shape": shape})
             tensors |= {f"{label}.{draft.place.name}.{key}": value for key, value in draft.tensors.items()}
         tensors |= {f"{label}.@shared.{key}": value for draft in members for key, value in draft.shared.items()}
