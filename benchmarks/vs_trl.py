@@ -1,13 +1,14 @@
 """Our training step against TRL's SFTTrainer with PEFT: same rows in the same order, same start, optimizer, precision.
 
     python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3] [--checkpointing]
-        [--dtype float32|bfloat16]
+        [--dtype float32|bfloat16] [--avx2]
 
 DIR holds `e2e/trainset.csv.gz` and `instruct/alpaca_part.json`. Each side runs in processes of its own, alternately,
 `--rounds` times; the first two steps warm up and are not timed. Both sides start from one LoRA (rank 8, all linears,
 drawn by us and copied into PEFT) and see the same batches, so their losses must agree. TRL gets the settings that ran
-fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. Writes
-`benchmarks/results/vs_trl-<task>[-checkpointing][-bfloat16].json`.
+fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. `--avx2` keeps torch,
+oneDNN and MKL of both sides to AVX2 where the machine has more. Writes
+`benchmarks/results/vs_trl-<task>[-checkpointing][-bfloat16][-avx2].json`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 WARM = 2
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
 RECIPES: dict[str, dict[str, Any]] = {
     "e2e": {"data": "e2e/trainset.csv.gz", "columns": {"prompt": "mr", "completion": "ref"}},
     "alpaca": {"data": "instruct/alpaca_part.json"},
@@ -198,7 +200,9 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
 def side(asked: argparse.Namespace, name: str) -> dict[str, Any]:
     """One run of one side in a process of its own."""
     arguments = [*sys.argv[1:], "--side", name, "--folder", str(asked.folder)]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    environment = os.environ | (AVX2 if asked.avx2 else {})
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1]) if name != "rows" else {}
@@ -213,6 +217,7 @@ def main() -> None:
     reader.add_argument("--limit", type=int, default=800)
     reader.add_argument("--checkpointing", action="store_true")
     reader.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    reader.add_argument("--avx2", action="store_true")
     reader.add_argument("--loss-type", default="nll", help="TRL's")
     reader.add_argument("--side", choices=("ours", "trl", "rows"), help=argparse.SUPPRESS)
     reader.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -256,7 +261,7 @@ def main() -> None:
         "tokens_computed_by_us": sum(about["computed"]),
         "conditions": {
             "threads": torch.get_num_threads(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cpu": "AVX2" if asked.avx2 else torch.backends.cpu.get_cpu_capability(),
             "precision": asked.dtype,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
@@ -268,7 +273,7 @@ def main() -> None:
         },
     }
     RESULTS.mkdir(exist_ok=True)
-    kind = "" if asked.dtype == "float32" else f"-{asked.dtype}"
+    kind = ("" if asked.dtype == "float32" else f"-{asked.dtype}") + ("-avx2" if asked.avx2 else "")
     name = f"vs_trl-{asked.task}{'-checkpointing' if asked.checkpointing else ''}{kind}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=2))

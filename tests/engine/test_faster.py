@@ -16,6 +16,7 @@ from trimtab.core.delta import Delta
 from trimtab.engine import loss as losses
 from trimtab.engine.faster import PIECES, faster
 from trimtab.engine.kernels import GATES, gated, rms_norm
+from trimtab.engine.rotary import behaves, quick_rotary, turning
 
 WORDS = 53
 SIZES = {
@@ -77,8 +78,10 @@ def agree(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "gemma"])
 @pytest.mark.parametrize("piece", PIECES)
-def test_a_piece_changes_neither_loss_nor_gradients(name: str, piece: str) -> None:
-    model = trained(tt.attach(decoder(name), tt.LoRA(rank=4)))
+def test_a_piece_changes_neither_loss_nor_gradients(name: str, piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "LARGE", 0)
+    monkeypatch.setattr("trimtab.engine.faster.LARGE", 0)
+    model = trained(tt.attach(decoder(name), tt.LoRA(rank=4), "q, v, gate"))
     plain_loss, plain = loss_and_gradients(model)
     classes = [type(module) for module in model.modules()]
     with faster(model, (piece,)) as replaced:
@@ -176,6 +179,62 @@ def test_rms_norm_is_the_plain_expression(dtype: torch.dtype) -> None:
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(ours, plain, **tolerance)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, dy)[0] for y in (ours, plain)), **tolerance)
+
+
+def turned_plainly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """x cos + (−x₂, x₁) sin, of queries and keys."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    other = [torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) for x in (q, k)]
+    return q * cos + other[0] * sin, k * cos + other[1] * sin
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_rotary_positions_are_the_plain_expression_even_where_the_halves_differ(axis: int) -> None:
+    torch.manual_seed(0)
+    shape = [(2, 5, heads, 8) if axis == 2 else (2, heads, 5, 8) for heads in (4, 2)]
+    q, k = (torch.randn(one, dtype=torch.float64, requires_grad=True) for one in shape)
+    cos, sin = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    dys = [torch.randn(one, dtype=torch.float64) for one in shape]
+    found = []
+    for function in (quick_rotary(pytest.fail), turned_plainly):  # type: ignore[arg-type]
+        ys = function(q, k, cos, sin, unsqueeze_dim=axis)
+        found.append([*ys, *torch.autograd.grad(ys, (q, k), dys)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_rotary_positions_of_another_kind_are_left_alone_and_every_function_comes_back() -> None:
+    from transformers.models.llama import modeling_llama
+
+    def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        other = [torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) for x in (q, k)]
+        return q * cos + other[0] * sin, k * cos + other[1] * sin
+
+    assert behaves(turned_plainly)
+    assert not behaves(interleaved)
+    own = modeling_llama.apply_rotary_pos_emb
+    with turning(decoder("llama")) as names:
+        assert names == [modeling_llama.__name__]
+        assert modeling_llama.apply_rotary_pos_emb is not own
+    assert modeling_llama.apply_rotary_pos_emb is own
+    narrow = torch.ones(1, 3, 4), torch.ones(1, 3, 4)  # part of the width only: the module's own business
+    calls: list[int] = []
+    quick_rotary(lambda *given, **named: calls.append(1) or given[:2])(
+        torch.ones(1, 2, 3, 8), torch.ones(1, 1, 3, 8), *narrow
+    )
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(3, 8), (20, 256)])
+def test_a_product_with_an_addend_is_the_plain_expression(rows: int, width: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, W, plus = torch.randn(rows, width), torch.randn(width + 8, width), torch.randn(rows, width + 8)
+    b = torch.randn(width + 8) if bias else None
+    expected = x.double() @ W.double().mT + plus.double() + (0 if b is None else b.double())
+    got = product.product(x, W, b, plus)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("gate", list(GATES))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.interop.conftest import VOCABULARY, logits, make
+from tests.models.conftest import small_tokenizer
 
 import trimtab as tt
 
@@ -155,7 +156,8 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
     model = attached("lora")
     before, loss = frozen(model), loss_of(model)
     config = trl.SFTConfig(output_dir=str(tmp_path), num_train_epochs=3, learning_rate=2e-2, report_to=[], use_cpu=True)
-    trl.SFTTrainer(model=model, args=config, train_dataset=rows).train()
+    words = small_tokenizer(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    trl.SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=words).train()
     assert loss_of(model) < loss
     assert unchanged(model, before)
 

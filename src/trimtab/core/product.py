@@ -47,6 +47,11 @@ def low_rank_products(x: Tensor, panels: Sequence[Panel]) -> tuple[Tensor, ...]:
     return _LowRank.apply(x, *(tensor for panel in panels for tensor in panel))
 
 
+def frozen_product(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """x Wᵀ + b for x (..., in) with W (out, in) and b (out) frozen: nothing but W is kept for backward."""
+    return _Frozen.apply(x, W, b)
+
+
 def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
     """The dense frozen weight (out, in) of an unpatched linear in eager mode on plain tensors, else None."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -74,11 +79,22 @@ def only_watched() -> bool:
     return all(getattr(mode, "only_watches", False) for mode in _get_current_dispatch_mode_stack())
 
 
-def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b for x (rows, in) and W (out, in), without gradients: by oneDNN where that is the faster library."""
-    large = x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] >= NARROW and W.numel() >= LARGE
-    if large and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.enabled:
-        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
+def product(x: Tensor, W: Tensor, b: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b + plus for x (rows, in) and W (out, in), without gradients: by oneDNN where that is the faster library.
+
+    The memory of `plus` (rows, out) may become the result's.
+    """
+    large = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu" and W.numel() >= LARGE
+    if (
+        large
+        and x.shape[0] >= NARROW
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.mkldnn.enabled
+    ):
+        by_onednn = torch.ops.mkldnn._linear_pointwise
+        return by_onednn(x, W, b, "none", [], "") if plus is None else by_onednn.binary(x, plus, W, b, "add")
+    if plus is not None:
+        return plus.addmm_(x, W.mT) if b is None else plus.addmm_(x, W.mT).add_(b)
     return F.linear(x, W, b)
 
 
@@ -101,6 +117,19 @@ def wide(panels: Sequence[Panel]) -> tuple[Tensor | None, list[Tensor | None], l
         for one, start, rank in zip(panels, starts, ranks, strict=True)
     ]
     return A, Bs, starts
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(W)
+        return product(x.reshape(-1, x.shape[-1]), W, b).view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (W,) = ctx.saved_tensors
+        return product(dy.reshape(-1, dy.shape[-1]), W.mT).view(*dy.shape[:-1], W.shape[1]), None, None
 
 
 class _LowRank(torch.autograd.Function):
@@ -142,7 +171,7 @@ class _LowRank(torch.autograd.Function):
                 continue
             dy = dy.reshape(-1, dy.shape[-1])
             if ctx.needs_input_grad[0]:
-                dx = product(dy, one.W.mT) if dx is None else dx.addmm_(dy, one.W)
+                dx = product(dy, one.W.mT, plus=dx)
             if B is not None and h is not None:
                 g = dy @ B if g is None else g.addmm_(dy, B)  # (tokens, ranks)
                 if ctx.needs_input_grad[4 * index + 4]:

@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.product import LARGE, frozen_product, frozen_weight
+from trimtab.core.site import LinearBase
 from trimtab.core.swap import swap, unswap
 from trimtab.engine.attention import segments_in
 from trimtab.engine.checkpointing import checkpointing
 from trimtab.engine.encoder import Seam, first_tokens
 from trimtab.engine.kernels import GATES, gated, gated_product, release, rms_norm
+from trimtab.engine.rotary import turning
 from trimtab.engine.shifted_attention import shifted_in
 from trimtab.engine.siblings import panel_of, together
 
-PIECES = ("norms", "gates", "siblings")
+PIECES = ("norms", "gates", "siblings", "rotary", "linears")
 EXACT = 1e-5
 
 
@@ -34,10 +37,13 @@ def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[
         replaced += [(path, module) for path, module in model.named_modules() if quick_norm(module)]
     if "gates" in pieces:
         replaced += [(path, module) for path, module in model.named_modules() if quick_gate(module)]
+    if "linears" in pieces:
+        replaced += [(path, module) for path, module in model.named_modules() if quick_linear(module)]
     try:
         with ExitStack() as stack:
             groups = stack.enter_context(together(model)) if "siblings" in pieces else []
-            yield [path for path, _ in replaced] + [path for group in groups for path in group]
+            turns = stack.enter_context(turning(model)) if "rotary" in pieces else []
+            yield [path for path, _ in replaced] + [path for group in groups for path in group] + turns
     finally:
         release()
         for _, module in reversed(replaced):
@@ -100,6 +106,26 @@ def quick_gate(module: nn.Module) -> bool:
         return False
     swap(module, gate_namespace, gate)
     return True
+
+
+def quick_linear(module: nn.Module) -> bool:
+    """Swap a frozen linear that nothing is attached to for one that takes the faster library, forward and backward."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or "delta" in module._modules:
+        return False
+    if module.weight.requires_grad or module.weight.is_meta or module.weight.numel() < LARGE:
+        return False
+    swap(module, linear_namespace)
+    return True
+
+
+def linear_namespace(cls: type) -> dict[str, Any]:
+    """Namespace of the fast subclass of a frozen linear."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        W = frozen_weight(LinearBase(self, nn.Linear.forward), x)
+        return nn.Linear.forward(self, x) if W is None else frozen_product(x, W, self.bias)
+
+    return {"forward": forward, "_transparent": True}
 
 
 def activation(module: Any) -> str | None:

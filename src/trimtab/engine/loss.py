@@ -157,7 +157,7 @@ class _Chunked(torch.autograd.Function):
             total += each.sum()
             if W is not None:
                 if sums[0] is not None:
-                    sums[0][here] = p.to(W.dtype) @ W
+                    sums[0][here] = product(p.to(W.dtype), W.mT)
                 continue
             asked = [one for one, want in zip((rows, *trained), wanted, strict=True) if want]
             if not asked or not logits.requires_grad:
