@@ -13,7 +13,7 @@ from typing import Any
 from trimtab.catalog import attachable, describe, look_up
 from trimtab.core.errors import UserError, listing
 from trimtab.core.registry import to_json
-from trimtab.data.forms import detect, examples, split, take
+from trimtab.data.forms import detect, examples, held_amount, share_in_use, split, take
 from trimtab.data.reading import Table, read
 from trimtab.train.recipe import method_settings
 
@@ -184,7 +184,9 @@ def write_parts(setup: Setup, folder: Path) -> dict[str, int]:
         kept, source = examples(other, detect(other, setup.columns or None)), other
         train = found
     else:
-        train, kept = split(found, held_out(setup, len(found)), setup.seed)
+        train, kept = split(
+            found, share_in_use(held_amount(setup.heldout), len(found), setup.limit, JUDGED), setup.seed
+        )
         source = table
     if len(kept) < 4:
         raise UserError(
@@ -203,27 +205,6 @@ def write_rows(path: Path, rows: Sequence[Any], table: Table) -> None:
     """Rows of a table as they stand in it."""
     lines = [json.dumps(table.rows[one.row - 1], ensure_ascii=False, default=str) for one in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def held_out(setup: Setup, rows: int) -> int | float:
-    """What is kept from training: the number of rows asked for, or the share.
-
-    Where `limit` leaves rows out, the share is of those in use, and of more only up to `JUDGED`: measuring on all
-    others would take longer than the training.
-    """
-    share = amount(setup.heldout)
-    if isinstance(share, int) or setup.limit is None or not 0 < share < 1:
-        return share
-    of_used = setup.limit * share / (1 - share)
-    return min(max(1, round(share * rows)), max(round(of_used), JUDGED))
-
-
-def amount(text: str) -> int | float:
-    """A number of rows, or a share of them."""
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise UserError(f"compare: heldout {text!r} is no file, share or number of rows") from None
 
 
 def key_of(setup: Setup, rows: str, entry: Entry, about: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from trimtab.core.errors import UserError, listing, nearest
@@ -670,6 +671,26 @@ def split(
         )
     train = [example for index, example in enumerate(examples) if index not in held]
     return train, [example for index, example in enumerate(examples) if index in held]
+
+
+def held_amount(text: str) -> float | int:
+    """A share of the rows, or a number of them, as it was written."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        what = "no such file" if Path(text).suffix else "no file, share or number of rows"
+        raise UserError(f"heldout: {text!r} is {what}", fix="a file of rows, a share (0.1) or a number (200)") from None
+
+
+def share_in_use(share: float | int, rows: int, limit: int | None, least: int) -> float | int:
+    """What `split` keeps of `rows` rows where only `limit` of them train: a share of those in use, not of the file.
+
+    Of more than that share only up to `least` rows: measuring on all others would take longer than the training.
+    A number of rows, a share without a limit and what is no share are returned as they are.
+    """
+    if isinstance(share, int) or limit is None or not 0 < share < 1:
+        return share
+    return min(max(1, round(share * rows)), max(round(limit * share / (1 - share)), least))
 
 
 def take(examples: Sequence[AnyExample], limit: int | None, seed: int | None = None) -> list[AnyExample]:

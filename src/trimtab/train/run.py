@@ -29,7 +29,7 @@ from trimtab.core.settle import settle
 from trimtab.data.batches import batches, collate
 from trimtab.data.cache import encode_cached
 from trimtab.data.encode import Encoded, EncodedSet, labels_of
-from trimtab.data.forms import Example, detect, examples, split, take
+from trimtab.data.forms import Example, detect, examples, held_amount, share_in_use, split, take
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
 from trimtab.data.shares import shares
@@ -642,13 +642,7 @@ def parts_of(recipe: Recipe, found: Sequence[Example]) -> tuple[list[Example], l
         table = read(asked)
         heldout = examples(table, detect(table, recipe.columns or None))
         return take(list(found), recipe.limit, recipe.seed), heldout
-    try:
-        amount = int(asked) if asked.isdigit() else float(asked)
-    except ValueError:
-        what = "no such file" if Path(asked).suffix else "no file, share or number of rows"
-        raise UserError(
-            f"heldout: {asked!r} is {what}", fix="a file of rows, a share (0.1) or a number (200)"
-        ) from None
+    amount = share_in_use(held_amount(asked), len(found), recipe.limit, MEASURED_ROWS)
     train, heldout = split(list(found), amount, recipe.seed)
     return take(train, recipe.limit, recipe.seed), heldout
 

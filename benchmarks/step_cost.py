@@ -1,11 +1,11 @@
-"""What DoRA's training step costs beside LoRA's: SmolLM2-135M's shapes with random weights, both on all linear layers.
+"""What a training step of DoRA, and of LoRA over NF4, costs beside LoRA's: SmolLM2-135M's shapes with random weights.
 
-    python benchmarks/dora_step.py [--rounds 7] [--rows 2] [--length 256] [--rank 8]
+    python benchmarks/step_cost.py [--rounds 7] [--rows 2] [--length 256] [--rank 8]
 
-Two copies of one model, one adapter each, take steps in turns (forward, backward, AdamW) inside the fast pieces that
-`trimtab tune` uses. Writes `benchmarks/results/dora_step.json`: median seconds of each, the median of the ratios of
-neighbouring steps, and how many tensors of an adapted weight's size one step of each makes (decoding nothing, a LoRA
-needs none).
+Copies of one model, an adapter on all linear layers of each, take steps in turns (forward, backward, AdamW) inside the
+fast pieces that `trimtab tune` uses. Writes `benchmarks/results/step_cost.json`: median seconds of each, the median of
+the ratios of neighbouring steps to LoRA's, the bits a quantized weight takes, and how many tensors of an adapted
+weight's size one step of each makes (over dense weights a LoRA needs none; NF4 is decoded layer by layer).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ import transformers
 from torch import Tensor, nn
 
 import trimtab as tt
+from trimtab.core.quantized import quantize, quantized_modules
 from trimtab.engine.faster import faster
 from trimtab.laws.numbers import Sizes
 
-RESULTS = Path(__file__).parent / "results" / "dora_step.json"
+RESULTS = Path(__file__).parent / "results" / "step_cost.json"
 SHAPES = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -39,11 +40,19 @@ SHAPES = {
 }
 
 
-def model(layers: int, method: Any) -> nn.Module:
-    """A random Llama of SmolLM2's shapes with an adapter on all linear layers."""
+def model(layers: int, method: Any, format: Any = None) -> nn.Module:
+    """A random Llama of SmolLM2's shapes with an adapter on all linear layers, their weights in a format."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(num_hidden_layers=layers, use_cache=False, **SHAPES)
-    return tt.attach(transformers.LlamaForCausalLM(config), method).train()
+    made = transformers.LlamaForCausalLM(config)
+    return tt.attach(made if format is None else quantize(made, format), method).train()
+
+
+def bits(made: nn.Module) -> float | None:
+    """Bits stored for a weight of the quantized layers, scales and all; None where nothing is quantized."""
+    codes = [module._modules["code"] for _, module in quantized_modules(made)]
+    count = sum(code.shape[0] * code.shape[1] for code in codes)  # type: ignore[union-attr,index]
+    return 8 * sum(code.nbytes for code in codes) / count if codes else None  # type: ignore[union-attr,misc]
 
 
 class Steps:
@@ -86,8 +95,12 @@ def main() -> None:
     asked = reader.parse_args()
     ids = torch.randint(0, SHAPES["vocab_size"], (asked.rows, asked.length))  # type: ignore[call-overload]
     sides = {
-        name: Steps(model(asked.layers, method), ids)
-        for name, method in (("lora", tt.LoRA(rank=asked.rank)), ("dora", tt.DoRA(rank=asked.rank)))
+        name: Steps(model(asked.layers, *method), ids)
+        for name, *method in (
+            ("lora", tt.LoRA(rank=asked.rank)),
+            ("dora", tt.DoRA(rank=asked.rank)),
+            ("lora over nf4", tt.LoRA(rank=asked.rank), tt.NF4(double=True)),
+        )
     }
     built = {name: side.weights_built() for name, side in sides.items()}
     for side in sides.values():
@@ -96,11 +109,16 @@ def main() -> None:
     for turn in range(asked.rounds):
         for name in list(sides) if turn % 2 else list(reversed(sides)):
             seconds[name].append(sides[name]())
-    ratios = [dora / lora for dora, lora in zip(seconds["dora"], seconds["lora"], strict=True)]
+    ratios = {
+        name: [one / lora for one, lora in zip(taken, seconds["lora"], strict=True)]
+        for name, taken in seconds.items()
+        if name != "lora"
+    }
     result = {
         "seconds_per_step": {name: statistics.median(taken) for name, taken in seconds.items()},
-        "ratio": statistics.median(ratios),
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "ratios": ratios,
+        "bits_per_weight": {name: found for name, side in sides.items() if (found := bits(side.model)) is not None},
         "weights_built_in_a_step": built,
         "conditions": {
             "shapes": {**SHAPES, "num_hidden_layers": asked.layers},
