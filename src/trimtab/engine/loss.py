@@ -151,14 +151,14 @@ class _Chunked(torch.autograd.Function):
             each = top - p.gather(1, goal)
             size = p.sub_(top).exp_().sum(1, keepdim=True)
             each += size.log()  # (terms, 1)
-            p.div_(size).scatter_add_(1, goal, p.new_full(goal.shape, -1.0))
-            if weights is not None:
-                each, p = each * weights[here, None], p.mul_(weights[here, None])
-            total += each.sum()
+            factor = 1.0 if weights is None else weights[here, None]
+            total += (each * factor).sum()
             if W is not None:
-                if sums[0] is not None:
-                    sums[0][here] = product(p.to(W.dtype), W.mT)
+                if sums[0] is not None:  # (softmax − 1 at the label) W, scaled where it is narrow
+                    dh = product(p.to(W.dtype), W.mT).float().div_(size).sub_(W[targets[here]]).mul_(factor)
+                    sums[0][here] = dh.to(W.dtype)
                 continue
+            p.div_(size).scatter_add_(1, goal, p.new_full(goal.shape, -1.0)).mul_(factor)
             asked = [one for one, want in zip((rows, *trained), wanted, strict=True) if want]
             if not asked or not logits.requires_grad:
                 continue
