@@ -21,6 +21,7 @@ from trimtab.engine.attention import segments_in
 from trimtab.engine.checkpointing import checkpointing
 from trimtab.engine.encoder import Seam, first_tokens
 from trimtab.engine.kernels import GATES, gated, gated_product, release, rms_norm
+from trimtab.engine.remembered import few_shapes_remembered
 from trimtab.engine.rotary import turning
 from trimtab.engine.shifted_attention import shifted_in
 from trimtab.engine.siblings import panel_of, together
@@ -62,6 +63,7 @@ def running(
 ) -> Iterator[None]:
     """What a model is trained and measured in: attention for packed rows or in shifted groups, fast pieces,
     checkpointing."""
+    few_shapes_remembered()
     attention = shifted_in(model, group) if group else segments_in(model) if packed else nullcontext()
     with attention, first_tokens(model, seam), faster(model, pieces), checkpointing(model, policy):
         yield

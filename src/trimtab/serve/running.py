@@ -9,6 +9,7 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
+from trimtab.engine.remembered import few_shapes_remembered
 from trimtab.serve.engine import Engine
 
 GRACE_SECONDS = 5
@@ -42,6 +43,7 @@ def host(app: Starlette, engine: Engine, *, connections: int = 320) -> Host:
 
 def run(app: Starlette, engine: Engine, listener: socket.socket, *, connections: int) -> None:
     """Serve until Ctrl-C or a signal to end; returns when the engine has stopped."""
+    few_shapes_remembered()
     try:
         with contextlib.suppress(KeyboardInterrupt):
             host(app, engine, connections=connections).run(sockets=[listener])
