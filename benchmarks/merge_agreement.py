@@ -103,7 +103,13 @@ def main() -> None:
     same = sum(one == other for one, other in zip(before, after, strict=True))
     pairs = [(a, b) for one, other in zip(before, after, strict=True) for a, b in zip(one, other, strict=False)]
     result = {
-        "run": str(given.run),
+        "run": {
+            "model": it.run.recipe.model,
+            "method": it.run.record["method"],
+            "data": Path(it.run.recipe.data).name,
+            "steps": it.run.record["steps"],
+            "learning_rate": it.run.record["learning_rate"],
+        },
         "dtype": str(next(again.parameters()).dtype),
         "prompts": len(prompts),
         "same_answers": same,

@@ -99,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         names = write_adapters(Path(name), asked.adapters)
         command = [sys.executable, "-m", "trimtab", "serve", MODEL, "--adapters", name, "--port", "0"]
-        command += ["--rows", str(ROWS), "--queue", str(QUEUE)]
+        command += ["--rows", str(ROWS), "--queue", str(QUEUE), "--dtype", "float32"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             result = measured(server, names, asked)

@@ -15,6 +15,7 @@ import trimtab as tt
 from trimtab.compare.contest import Watcher, edges, opened
 from trimtab.compare.runs import RESULTS, Hall, Journal
 from trimtab.compare.setup import Setup, contestant, cost, entries_of, naive_cost
+from trimtab.evaluate.reference import BUILT_IN, reference_text
 from trimtab.report.contest import write
 from trimtab.train.rundir import open_run
 
@@ -190,7 +191,11 @@ def test_a_chat_contest_has_references_samples_and_forgetting(tmp_path: Path) ->
     by_name = {row["name"]: row for row in result["table"]}
     assert set(by_name) == {"untuned", "few-shot", "full", "lora:rank=2+where=q"}
     assert by_name["untuned"]["seeds"] == 1
-    assert by_name["full"]["reference_loss"] != by_name["untuned"]["reference_loss"]
+    before, after = by_name["untuned"]["reference_loss"], by_name["full"]["reference_loss"]
+    assert by_name["full"]["forgetting"] == after - before != 0
+    assert "forgetting" not in by_name["few-shot"]
+    assert by_name["full"]["predicted_bytes"] > by_name["full"]["saved_bytes"]
+    assert any(one.startswith("On text of another kind") for one in result["verdict"]["sentences"])
     assert by_name["lora:rank=2+where=q"]["trainable"] == 2 * 2 * (32 + 32)
     assert len(result["runs"]["untuned"][0]["samples"]) == 3
     assert result["cost"]["steps"] == 2 * 2 * 8
@@ -217,3 +222,10 @@ def test_names_settings_and_costs() -> None:
     for wrong in ({"seeds": 0}, {"methods": ()}, {"rates": (0.0,)}, {"references": ("best",)}):
         with pytest.raises(tt.UserError, match="compare"):
             replace(setup, **wrong)
+
+
+def test_forgetting_is_measured_by_default_where_a_model_writes() -> None:
+    assert Setup(model="m", data="d", methods=("lora",)).reference_text == BUILT_IN
+    assert len(reference_text(BUILT_IN).split()) > 800
+    with pytest.raises(tt.UserError, match="cannot be read"):
+        reference_text("nowhere.txt")

@@ -38,7 +38,12 @@ METHODS = "lora,dora,ia3,prefix_tuning,bitfit,houlsby"
 @click.option(
     "--references", default="untuned,few-shot,head only,full", show_default=True, help="Also measured; '' none."
 )
-@click.option("--reference-text", help="A text file on which forgetting is measured.")
+@click.option(
+    "--reference-text",
+    default="built-in",
+    show_default=True,
+    help="A text file on which forgetting is measured, or none.",
+)
 @click.option("--dtype", default="auto", show_default=True, help="Floating type of the frozen weights, for all alike.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 @click.option("--threads", type=int, help="CPU threads.")
@@ -60,7 +65,7 @@ def command(
     batch_size: int,
     max_length: int | None,
     references: str,
-    reference_text: str | None,
+    reference_text: str,
     dtype: str,
     device: str,
     threads: int | None,
@@ -150,22 +155,32 @@ def numbered(setup: Setup) -> Path:
 def table(rows: Sequence[Mapping[str, Any]], task: str) -> str:
     """The standings for people, best first."""
     word = "accuracy" if task == "classify" else "loss"
-    head = ("", word, "rate", "trained", "time", "peak", "file", "seeds")
+    forgot = any("forgetting" in row for row in rows)
+    head = ("", word, *(["forgets"] if forgot else []), "rate", "trained", "time", "peak", "predicted", "file", "seeds")
     lines = [head]
     for row in rows:
         lines.append(
             (
                 row["name"] + (" (reference)" if row["kind"] == "reference" else ""),
                 f"{row[word]:.4f}",
+                *([f"{row['forgetting']:+.3f}" if "forgetting" in row else ""] if forgot else []),
                 f"{row['rate']:.2g}" if "rate" in row else "",
                 f"{row['trainable']:,}" if "trainable" in row else "",
                 duration(row["seconds"]) if "seconds" in row else "",
                 size(row.get("peak_bytes")),
+                off(row),
                 size(row["saved_bytes"]) if "saved_bytes" in row else "",
                 str(row["seeds"]),
             )
         )
-    return heading("standings") + "\n" + columns(lines, right=(1, 2, 3, 4, 5, 6, 7))
+    return heading("standings") + "\n" + columns(lines, right=tuple(range(1, len(head))))
+
+
+def off(row: Mapping[str, Any]) -> str:
+    """Predicted peak memory and by how much it misses the measured one."""
+    if not row.get("predicted_bytes") or not row.get("peak_bytes"):
+        return ""
+    return f"{size(row['predicted_bytes'])} ({row['predicted_bytes'] / row['peak_bytes'] - 1:+.0%})"
 
 
 class Screen(Watcher):

@@ -53,7 +53,9 @@ class Options:
 @click.option("--adapter", help="An adapter directory, over a plain model.")
 @click.option("--metrics", default="loss", show_default=True, help=f"With commas: {', '.join(METRICS)}; or all.")
 @click.option("--columns", "roles", default="", help="Which column plays which role: prompt=mr,completion=ref.")
-@click.option("--reference-text", help="A text file: its loss, and for a run its change, which is forgetting.")
+@click.option(
+    "--reference-text", help="A text file, or built-in: its loss, and for a run its change, which is forgetting."
+)
 @click.option("--limit", type=int, help="Use at most this many rows.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Rows at a time.")
 @click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Longest answer.")
@@ -174,7 +176,7 @@ def measured(
         if written := [one for one in wanted if one in WRITTEN]:
             more, answers = generated(subject, rows, written, options)
             scores |= more
-    if options.reference_text:
+    if options.reference_text not in (None, "none"):
         scores["reference_loss"] = reference(subject, options)
     return scores, answers
 
@@ -259,21 +261,13 @@ def choices(subject: Subject, rows: Sequence[Mapping[str, Any]], where: str) -> 
 
 
 def reference(subject: Subject, options: Options) -> float:
-    """Loss per token of a text, in pieces of 256 tokens."""
-    from trimtab.data.encode import encode_all
-    from trimtab.data.forms import Text
-    from trimtab.evaluate.rows import each_row
+    """Loss per token of a text."""
+    from trimtab.evaluate.reference import reference_loss
 
-    path = Path(options.reference_text or "")
     if subject.task != "causal":
         raise UserError(f"eval: a model for {subject.task} has no loss on a text", fix="leave --reference-text out")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"eval: {path} cannot be read: {error}", fix="a UTF-8 text file") from None
-    rows = encode_all([Text(text=text)], subject.tokenizer, max_length=256, truncation="split")
-    pad = int(subject.tokenizer.pad_token_id)
-    return each_row(subject.model, rows, "causal", pad, batch_size=options.batch_size).loss
+    asked = str(options.reference_text)
+    return reference_loss(subject.model, subject.tokenizer, asked, batch_size=options.batch_size)
 
 
 def bar(title: str, total: int) -> Any:

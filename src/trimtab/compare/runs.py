@@ -19,9 +19,10 @@ from typing import Any
 from trimtab.compare.setup import PARTS, Entry, Setup, key_of
 from trimtab.core.attach import detach
 from trimtab.core.errors import UserError
-from trimtab.data.encode import EncodedSet, encode_all, inference_prompt
+from trimtab.data.encode import EncodedSet, inference_prompt
 from trimtab.data.forms import Example, PromptCompletion, detect, examples, take
 from trimtab.data.reading import read
+from trimtab.evaluate.reference import BUILT_IN, NONE, reference_loss
 from trimtab.evaluate.rows import RowScores, each_row
 from trimtab.models.loading import Loaded, load, writing_task
 from trimtab.models.starters import quiet_transformers, sha256_of
@@ -161,7 +162,7 @@ class Hall:
         if entry.name == "untuned":
             return self._judgement(loaded.model, loaded, self.judged(loaded))
         if entry.name == "few-shot":
-            return self._judgement(loaded.model, loaded, self.few_shot(loaded), samples=False)
+            return {"judge": told(self.scored(loaded.model, loaded, self.few_shot(loaded)))}
         seed, final = run["seed"], run["final"]
         recipe = self.recipe({**entry.recipe, **run["settings"]}, seed, steps=run["steps"])
         stem = "-".join(
@@ -194,16 +195,21 @@ class Hall:
             "choose": result.after["loss"],
             "directory": str(job.directory.relative_to(self.folder)),
         }
+        found["predicted_bytes"] = job.record.get("memory", {}).get("predicted_bytes")
         found["curve"] = thinned([(line["step"], line["loss"]) for line in lines])
         found["saved_bytes"] = sum(one.stat().st_size for one in (job.directory / rundir.ADAPTER).iterdir())
         return found | self._judgement(job.model, loaded, self.judged(loaded))
 
-    def _judgement(self, model: Any, loaded: Loaded, rows: EncodedSet, samples: bool = True) -> dict[str, Any]:
-        scores = each_row(model, rows, self.task, pad_of(loaded), batch_size=self.setup.batch_size)
-        found: dict[str, Any] = {"judge": told(scores)}
-        if self.setup.reference_text:
-            found["reference_loss"] = self.reference(model, loaded).loss
-        if samples and self.task == "causal":
+    def scored(self, model: Any, loaded: Loaded, rows: EncodedSet) -> RowScores:
+        """The score of every row."""
+        return each_row(model, rows, self.task, pad_of(loaded), batch_size=self.setup.batch_size)
+
+    def _judgement(self, model: Any, loaded: Loaded, rows: EncodedSet) -> dict[str, Any]:
+        found: dict[str, Any] = {"judge": told(self.scored(model, loaded, rows))}
+        if self.forgets():
+            asked = self.setup.reference_text
+            found["reference_loss"] = reference_loss(model, loaded.tokenizer, asked, batch_size=self.setup.batch_size)
+        if self.task == "causal":
             found["samples"] = self.samples(model, loaded)
         return found
 
@@ -228,15 +234,12 @@ class Hall:
         rows = [replace(one, prompt=f"{before}\n\n{one.prompt}") for one in judge]
         return encoded(self.recipe({"method": "lora"}, 0), loaded, self.examples["train"], rows)[1]
 
-    def reference(self, model: Any, loaded: Loaded) -> RowScores:
-        """The loss on the reference text, in pieces of 256 tokens."""
-        from trimtab.data.forms import Text
-
-        if self.task != "causal":
+    def forgets(self) -> bool:
+        """Whether forgetting is measured: a model for another task than writing has no loss on a text."""
+        asked = self.setup.reference_text
+        if asked not in (BUILT_IN, NONE) and self.task != "causal":
             raise UserError(f"compare: forgetting is the loss of a text, which a model for {self.task} does not have")
-        text = Path(self.setup.reference_text or "").read_text(encoding="utf-8")
-        rows = encode_all([Text(text=text)], loaded.tokenizer, max_length=256, truncation="split")
-        return each_row(model, rows, "causal", pad_of(loaded), batch_size=self.setup.batch_size)
+        return asked != NONE and self.task == "causal"
 
     def samples(self, model: Any, loaded: Loaded) -> list[dict[str, str]]:
         """What the model answers to the first rows that judge."""

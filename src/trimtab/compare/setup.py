@@ -15,6 +15,7 @@ from trimtab.core.errors import UserError, listing
 from trimtab.core.registry import to_json
 from trimtab.data.forms import detect, examples, held_amount, share_in_use, split, take
 from trimtab.data.reading import Table, read
+from trimtab.evaluate.reference import BUILT_IN
 from trimtab.train.recipe import method_settings
 
 PARTS = ("train", "choose", "judge")
@@ -65,8 +66,8 @@ class Setup:
     search: bool = False
     """Whether the settings of `SEARCHED` are tried too."""
     references: tuple[str, ...] = REFERENCES
-    reference_text: str | None = None
-    """A text file on which forgetting is measured: the change of its loss."""
+    reference_text: str = BUILT_IN
+    """A text file on which forgetting is measured, the change of its loss; `built-in` or `none`. For causal models."""
     max_length: int | None = None
     dtype: str = "auto"
     device: str = "auto"

@@ -31,6 +31,7 @@ def standings(
         for key in (
             "seconds",
             "peak_bytes",
+            "predicted_bytes",
             "saved_bytes",
             "trainable",
             "rate",
@@ -40,8 +41,18 @@ def standings(
         ):
             values = [run[key] for run in runs if run.get(key) is not None]
             if values:
-                row[key] = max(values) if key == "peak_bytes" else values[0] if key in KEPT else mean(values)
+                row[key] = (
+                    max(values)
+                    if key in ("peak_bytes", "predicted_bytes")
+                    else values[0]
+                    if key in KEPT
+                    else mean(values)
+                )
         rows.append(row)
+    before = next((row.get("reference_loss") for row in rows if row["name"] == "untuned"), None)
+    for row in rows:
+        if before is not None and row["name"] != "untuned" and "reference_loss" in row:
+            row["forgetting"] = row["reference_loss"] - before
     return sorted(rows, key=lambda row: score(row, task))
 
 
@@ -142,6 +153,11 @@ def sentences(
         told += [f"{name} needs {costs(by_name[name])}." for name in rivals]
     else:
         told.append(f"It is better than every other method here ({costs(taken)}).")
+    lost = sorted((row["forgetting"], row["name"]) for row in table if row["kind"] == "method" and "forgetting" in row)
+    if lost:
+        (least, first), (most, last) = lost[0], lost[-1]
+        further = f"; {last} changed it most, by {most:+.3f}" if last != first else ""
+        told.append(f"On text of another kind the loss changed least with {first}, by {least:+.3f}{further}.")
     for name, one in found.items():
         if by_name[name]["kind"] == "method" and not one.tie:
             told.append(

@@ -20,8 +20,9 @@ COLUMNS = (
     ("trainable", "trained values"),
     ("seconds", "time"),
     ("peak_bytes", "peak memory"),
+    ("predicted_bytes", "predicted"),
     ("saved_bytes", "saved file"),
-    ("reference_loss", "loss on reference text"),
+    ("forgetting", "forgetting"),
     ("seeds", "seeds"),
     ("remarks", "remarks"),
 )
@@ -124,6 +125,8 @@ def cell(row: Mapping[str, Any], key: str, result: Mapping[str, Any]) -> tuple[f
     words = {
         "seconds": f"{value:.1f} s",
         "peak_bytes": f"{value / 1e9:.2f} GB",
+        "predicted_bytes": f"{value / 1e9:.2f} GB",
+        "forgetting": f"{value:+.3f}",
         "saved_bytes": f"{value / 1e6:.3g} MB",
         "trainable": f"{value:,.0f}",
         "rate": f"{value:.2g}",
