@@ -24,6 +24,11 @@ METHODS = "lora,dora,ia3,prefix_tuning,bitfit,houlsby"
 @click.option("--model", required=True, help="A model directory, a starter model's name, or a hub id.")
 @click.option("--data", required=True, help="Rows: jsonl, json, csv, tsv, parquet or txt, also gzipped.")
 @click.option("--methods", default=METHODS, show_default=True, help="Contestants; settings as lora:rank=16+where=q.")
+@click.option(
+    "--ablate",
+    type=click.Choice(["places", "ratios"]),
+    help="Of each method: other places with as many values, or other ratios of B's rate to A's.",
+)
 @click.option("--minutes", type=float, help="Time for everything; fits the length of the runs to it.")
 @click.option("--steps", type=int, help="Steps of a final run; default: one pass over the rows.")
 @click.option("--seeds", type=int, default=3, show_default=True, help="Final runs of each method.")
@@ -53,6 +58,7 @@ def command(
     model: str,
     data: str,
     methods: str,
+    ablate: str | None,
     minutes: float | None,
     steps: int | None,
     seeds: int,
@@ -80,6 +86,7 @@ def command(
 
     \b
         trimtab compare --model minilm-l6 --data rows.tsv --methods lora,ia3,bitfit,full --minutes 20
+        trimtab compare --model minilm-l6 --data rows.tsv --methods lora:rank=8 --ablate places
     """
     from trimtab.compare.contest import compare
     from trimtab.compare.setup import Setup
@@ -90,10 +97,16 @@ def command(
         given = pairs(roles)
     except ValueError as error:
         raise UserError(f"compare: --columns: {error}", fix="--columns prompt=mr,completion=ref") from None
+    names = tuple(one.strip() for one in methods.split(",") if one.strip())
+    if ablate is not None:
+        from trimtab.compare.ablation import ablated
+        from trimtab.models.loading import outline
+
+        names = ablated(ablate, ("lora",) if methods == METHODS else names, outline(model))
     setup = Setup(
         model=model,
         data=data,
-        methods=tuple(one.strip() for one in methods.split(",") if one.strip()),
+        methods=names,
         columns=given,
         rates=numbers("rates", rates),
         refine=numbers("refine", refine),

@@ -157,7 +157,10 @@ def settings_of(text: str, name: str, given: str) -> dict[str, Any]:
     known, found = {*method_settings(name), "where", "quantize", "optimizer", "active"}, {}
     for item in filter(None, given.split("+")):
         key, equals, value = item.partition("=")
-        if not equals or key not in known:
+        beside = key.startswith(
+            ("optimizer_", "active_", "quantize_")
+        )  # settings of what these name: recipe_from knows
+        if not equals or (key not in known and not beside):
             raise UserError(
                 f"{text!r}: {item!r} is no setting of {name}",
                 fix=f"{name}:SETTING=VALUE with {listing(sorted(known))}",
