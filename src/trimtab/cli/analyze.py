@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.verb import Verb, columns, heading, say
-from trimtab.core.errors import UserError
+from trimtab.cli.verb import Verb, check_writable, columns, heading, say
 
 if TYPE_CHECKING:
     from trimtab.interop.analysis import Analysis, Change
@@ -35,8 +34,8 @@ def command(runs: tuple[Path, ...], model: str | None, overlap: bool, out: Path 
     from trimtab.interop.opening import opened
     from trimtab.models.starters import quiet_transformers
 
-    if out is not None and not out.resolve().parent.is_dir():
-        raise UserError(f"analyze: --out {out}: there is no such folder", fix=f"mkdir -p {out.parent}")
+    if out is not None:
+        check_writable("analyze", out)
     found: dict[str, Analysis] = {}
     for directory in runs:
         say(f"opening {directory}", err=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.verb import Verb, columns, heading, say, size
+from trimtab.cli.verb import Verb, check_writable, columns, heading, say, size
 from trimtab.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def command(
     if kind != "latency" and len(wanted) > 1:
         raise UserError(f"bench {kind}: {len(wanted)} methods, and it takes one", fix=f"--methods {next(iter(wanted))}")
     if out:
-        check_writable(out)
+        check_writable("bench", out)
     base = opened(model, dtype, device)
     asked = {name: parts_of(recipe, base) for name, recipe in wanted.items()}
     formats = {name: kept for name, recipe in wanted.items() if (kept := storage_of(recipe, base)) is not None}
@@ -176,17 +175,6 @@ def storage_of(recipe: Any, model: Any) -> Format | None:
     format = format_of(recipe)
     require_dense(model, format)
     return format
-
-
-def check_writable(out: str) -> None:
-    """Refuse a file that could not be written, before anything is measured."""
-    folder = Path(out).resolve().parent
-    if not folder.is_dir():
-        raise UserError(f"bench: --out {out}: there is no such folder", fix=f"mkdir -p {Path(out).parent}")
-    if Path(out).is_dir():
-        raise UserError(f"bench: --out {out} is a folder", fix=f"--out {Path(out) / 'bench.json'}")
-    if not os.access(Path(out) if Path(out).exists() else folder, os.W_OK):
-        raise UserError(f"bench: --out {out} may not be written", fix="check its permissions, or use another path")
 
 
 def conditions(model: Any, rounds: int, job: str) -> dict[str, Any]:

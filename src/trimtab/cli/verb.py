@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 import click
 
+from trimtab.core.errors import UserError
+
 USER_ERROR, INTERRUPTED = 2, 130
 TOLD = "TRIMTAB_TOLD"
 """Names the directory where a started process leaves its last words for the one that started it."""
@@ -151,3 +153,14 @@ def last_words(message: str, fix: str | None, code: int = USER_ERROR, *, lost: b
     path.with_suffix(".partial").write_text(json.dumps(words), encoding="utf-8")
     path.with_suffix(".partial").replace(path)
     return True
+
+
+def check_writable(verb: str, out: str | Path) -> None:
+    """Refuse a file for the result that could not be written, before anything is computed."""
+    path = Path(out)
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{verb}: --out {out}: there is no such folder", fix=f"mkdir -p {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{verb}: --out {out} is a folder", fix=f"--out {path / 'result'}, or another name in it")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise UserError(f"{verb}: --out {out} may not be written", fix="check its permissions, or use another path")

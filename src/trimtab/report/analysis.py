@@ -9,8 +9,8 @@ from pathlib import Path
 
 from trimtab.core.save import write_together
 from trimtab.interop.analysis import Analysis, described
-from trimtab.report.contest import document, plot, section
-from trimtab.report.plots import INK, Plot, figure, finished
+from trimtab.report.page import document, plot, section, sortable
+from trimtab.report.plots import INK, Plot, figure, finished, legend
 
 COLOURS = ("#2a78d6", "#d9480f", "#2b8a3e", "#862e9c", "#e67700", "#0b7285")
 
@@ -67,18 +67,11 @@ def spectra(analyses: Mapping[str, Analysis], folder: Path) -> Plot:
     return finished(made, folder, "spectrum", "Spectrum of the update", words)
 
 
-def legend(axes: object) -> None:
-    """A legend in the grey of the axes."""
-    for text in axes.legend(frameon=False, fontsize=8).get_texts():  # type: ignore[attr-defined]
-        text.set_color(INK)
-
-
 HEADS = ("site", "ΔM", "ΔD", "‖ΔW‖/‖W‖", "rank", "effective rank", "amplification", "overlap")
 
 
 def table(one: Analysis) -> str:
     """All sites; a click on a head sorts by it."""
-    heads = "".join(f'<th scope="col"><button type="button">{escape(word)}</button></th>' for word in HEADS)
     rows = []
     for change in one.changes:
         values = (change.magnitude, change.direction, change.relative, change.rank, change.effective_rank)
@@ -86,5 +79,4 @@ def table(one: Analysis) -> str:
         for value in (*values, change.amplification, change.overlap):
             cells.append("<td></td>" if value is None else f'<td data-value="{value}">{value:.4g}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = f"<thead><tr>{heads}</tr></thead>"
-    return f'<div class="wide"><table class="sortable">{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    return sortable(HEADS, rows)

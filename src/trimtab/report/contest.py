@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.save import write_together
+from trimtab.report.page import document, plot, section, sortable
 from trimtab.report.plots import Plot, plots
 
 PAGE = "report.html"
@@ -54,41 +54,11 @@ def page(result: Mapping[str, Any], drawn: list[Plot]) -> str:
     return document(title, parts)
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """A page that needs nothing from outside, of these parts."""
-    style, script = (
-        resources.files("trimtab.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{escape(title)}</title>'
-        f"<style>{style}</style></head>\n<body><main>\n"
-        + "\n".join(filter(None, parts))
-        + f"\n</main>\n<script>{script}</script></body></html>\n"
-    )
-
-
-def section(title: str, body: str) -> str:
-    """A part of the page."""
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def plot(one: Plot) -> str:
-    """A drawing with its words, which are also what is read where it is not seen."""
-    label = f'<svg role="img" aria-label="{escape(one.words, quote=True)}"'
-    return section(
-        one.title, f"<figure>{one.svg.replace('<svg', label, 1)}<figcaption>{escape(one.words)}</figcaption></figure>"
-    )
-
-
 def table(result: Mapping[str, Any]) -> str:
     """The standings; a click on a head sorts by it."""
     shown = [(key, word) for key, word in COLUMNS if used(result, key)]
-    heads = []
-    for key, word in shown:
-        word = ("accuracy" if result["task"] == "classify" else "loss") if key == "quality" else word
-        heads.append(f'<th scope="col"><button type="button">{escape(word)}</button></th>')
+    quality = "accuracy" if result["task"] == "classify" else "loss"
+    heads = [quality if key == "quality" else word for key, word in shown]
     rows = []
     for row in result["table"]:
         cells = []
@@ -102,8 +72,7 @@ def table(result: Mapping[str, Any]) -> str:
         chosen = ' class="chosen"' if row["name"] == result["verdict"]["recommended"] else ""
         rows.append(f"<tr{chosen}>{''.join(cells)}</tr>")
     caption = f"Measured on {result['rows']['judge']} rows that chose nothing; final runs of {result['steps']} steps."
-    head = f"<caption>{escape(caption)}</caption><thead><tr>{''.join(heads)}</tr></thead>"
-    return f'<div class="wide"><table class="sortable">{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    return sortable(heads, rows, caption)
 
 
 def used(result: Mapping[str, Any], key: str) -> bool:

@@ -50,6 +50,12 @@ def figure(width: float = 6.4, height: float = 4.0) -> Any:
     return made, axes
 
 
+def legend(axes: Any, ncols: int = 1) -> None:
+    """A legend in the grey of the axes."""
+    for text in axes.legend(frameon=False, fontsize=8, ncols=ncols).get_texts():
+        text.set_color(INK)
+
+
 def finished(made: Any, folder: Path, name: str, title: str, words: str) -> Plot:
     """The drawing as SVG and PNG files, and as text for a page."""
     import matplotlib
@@ -122,9 +128,7 @@ def curves(result: Mapping[str, Any], folder: Path) -> Plot | None:
         axes.plot(steps, losses, linewidth=1.4, color=colours[index % 10], linestyle=style, label=name)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("training loss, smoothed", color=INK)
-    legend = axes.legend(frameon=False, fontsize=8, ncols=2)
-    for text in legend.get_texts():
-        text.set_color(INK)
+    legend(axes, ncols=2)
     ends = ", ".join(f"{name} {smoothed([loss for _, loss in points])[-1]:.3g}" for name, points in found.items())
     return finished(made, folder, "curves", "Learning curves", f"Training loss of the first seed; at the end: {ends}.")
 

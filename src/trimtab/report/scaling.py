@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimtab.report.plots import INK, Plot, figure, finished
+from trimtab.report.plots import INK, Plot, figure, finished, legend
 
 if TYPE_CHECKING:
     from trimtab.plan.scaling import Scaling
@@ -24,8 +24,7 @@ def scaling_plot(scaling: Scaling, folder: Path) -> Plot:
     axes.set_ylim(0, 105)
     axes.set_xlabel("devices", color=INK)
     axes.set_ylabel("rows a second and device, % of no waiting", color=INK)
-    for text in axes.legend(frameon=False, fontsize=8).get_texts():
-        text.set_color(INK)
+    legend(axes)
     last = scaling.weak[-1]
     words = (
         "Predicted rows a second and device, as a share of one that waits for nobody. "
