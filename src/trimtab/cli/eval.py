@@ -49,7 +49,10 @@ class Options:
 
 @click.command(cls=Verb, name="eval", short_help="Measure a run or a model on a data file.")
 @click.argument("subject", metavar="RUN_OR_MODEL")
-@click.option("--data", required=True, help="Rows: jsonl, json, csv, tsv, parquet or txt, also gzipped.")
+@click.option("--data", help="Rows: jsonl, json, csv, tsv, parquet or txt, also gzipped.")
+@click.option("--harness", help="Tasks of the LM evaluation harness, with commas, in place of --data.")
+@click.option("--harness-tasks", help="A folder with tasks of your own, in the harness's YAML.")
+@click.option("--shots", type=int, help="Examples in front of each question of the harness.")
 @click.option("--adapter", help="An adapter directory, over a plain model.")
 @click.option("--metrics", default="loss", show_default=True, help=f"With commas: {', '.join(METRICS)}; or all.")
 @click.option("--columns", "roles", default="", help="Which column plays which role: prompt=mr,completion=ref.")
@@ -66,7 +69,10 @@ class Options:
 @click.option("--output", help="Also write the result, with every answer, to this JSON file.")
 def command(
     subject: str,
-    data: str,
+    data: str | None,
+    harness: str | None,
+    harness_tasks: str | None,
+    shots: int | None,
     adapter: str | None,
     metrics: str,
     roles: str,
@@ -89,7 +95,15 @@ def command(
     \b
         trimtab eval runs/smollm2-lora-1 --data testset_w_refs.csv --columns prompt=mr,completion=ref --metrics all
         trimtab eval smollm2-135m-instruct --data openbookqa.json --metrics choices
+        trimtab eval runs/smollm2-lora-1 --harness lambada_openai,piqa --limit 200   # pip install trimtab[harness]
     """
+    if (data is None) == (harness is None):
+        raise UserError("eval: what is measured is --data or --harness, one of them", fix="--data rows.jsonl")
+    if data is None:
+        assert harness is not None
+        return by_harness(
+            subject, harness, harness_tasks, shots, adapter, limit, batch_size, base, dtype, device, output
+        )
     wanted = metrics_of(metrics)
     options = Options(data, roles, reference_text, limit, batch_size, max_new_tokens, max_length)
     found = opened(subject, adapter, dtype, device)
@@ -112,6 +126,58 @@ def command(
         write_together(target.absolute().parent, {target.name: content.encode()})
         say(f"\nwritten  {target}")
         result["written"] = str(target)
+    return result
+
+
+def by_harness(
+    subject: str,
+    tasks: str,
+    folder: str | None,
+    shots: int | None,
+    adapter: str | None,
+    limit: int | None,
+    batch_size: int,
+    base: bool,
+    dtype: str,
+    device: str,
+    output: str | None,
+) -> dict[str, Any]:
+    """What the LM evaluation harness says of a run or a model."""
+    from trimtab.core.attach import activate
+    from trimtab.core.save import write_together
+    from trimtab.evaluate.harness import harness
+
+    names = [one.strip() for one in tasks.split(",") if one.strip()]
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"eval: --harness-tasks {folder} is no folder", fix="a folder of the harness's YAML files")
+    found = opened(subject, adapter, dtype, device)
+    if base and found.settings.get("plain"):
+        raise UserError("eval: --base needs a run or an adapter", fix="leave --base out: a plain model is the base")
+
+    def scores() -> dict[str, dict[str, float]]:
+        with bar("requests", 0) as tick:
+            return harness(
+                *(found.model, found.tokenizer, names),
+                **{"folder": folder, "limit": limit, "shots": shots, "batch_size": batch_size, "progress": tick},
+            )
+
+    result: dict[str, Any] = {"subject": subject, "task": found.task, "harness": scores()}
+    if base:
+        activate(found.model, None)
+        result["base"] = scores()
+        activate(found.model, "default")
+    head = ("task", "metric", "value", *(["base"] if base else []))
+    lines = [
+        (task, metric, f"{value:.4f}", *([f"{result['base'][task][metric]:.4f}"] if base else []))
+        for task, values in result["harness"].items()
+        for metric, value in values.items()
+    ]
+    say(heading("LM evaluation harness") + "\n" + columns([head, *lines], right=(2, 3)[: len(head) - 2]))
+    if output:
+        content = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        write_together(Path(output).absolute().parent, {Path(output).name: content.encode()})
+        say(f"\nwritten  {output}")
+        result["written"] = output
     return result
 
 

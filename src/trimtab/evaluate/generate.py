@@ -28,8 +28,10 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    until: Sequence[str] = (),
 ) -> list[str]:
-    """The greedy continuation of each prompt (token ids), up to a stop token or `max_new_tokens`.
+    """The greedy continuation of each prompt (token ids), up to a stop token, a text of `until` or `max_new_tokens`.
 
     Special tokens are left out. Prompts of like length run together, padded on the left; the answers come back in the
     order given and, rounding apart, do not depend on `batch_size`. `progress(done, all)` is called after each batch. A
@@ -43,17 +45,22 @@ def generate(
         for start in range(0, len(order), max(1, batch_size)):
             group = order[start : start + max(1, batch_size)]
             grown: list[list[int]] = [[] for _ in group]
-            running = [True] * len(group)
+            running, texts = [True] * len(group), [Growing(tokenizer) for _ in group]
+            written = [""] * len(group)
             for ids in steps(model, [prompts[index] for index in group], max_new_tokens, greedy):
                 for row, token in enumerate(ids):
                     room = len(prompts[group[row]]) + len(grown[row]) < room_of(model)
                     running[row] = running[row] and room and token not in stops
                     if running[row]:
                         grown[row].append(token)
+                        if until:
+                            written[row] += texts[row].add(token)
+                            running[row] = not any(stop in written[row] for stop in until)
                 if not any(running):
                     break
             for row, index in enumerate(group):
-                answers[index] = tokenizer.decode(grown[row], skip_special_tokens=True)
+                whole = tokenizer.decode(grown[row], skip_special_tokens=True)
+                answers[index] = whole[: min((at for stop in until if (at := whole.find(stop)) >= 0), default=None)]
             if progress is not None:
                 progress(start + len(group), len(order))
     return answers
