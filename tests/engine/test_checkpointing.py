@@ -11,10 +11,12 @@ from tests.engine.test_packing import gpt2, llama, qwen, rows_with_common_beginn
 from torch import Tensor, nn
 
 import trimtab as tt
+from trimtab.core import product
 from trimtab.core.errors import UserError
 from trimtab.data.batches import collate
 from trimtab.data.packing import pack
 from trimtab.engine import rerun as rerunning
+from trimtab.engine import selective
 from trimtab.engine.checkpointing import POLICIES, checkpointing, stacks_of
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum
@@ -57,6 +59,7 @@ def agree(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_gradients_are_those_without(name: str, method: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerunning, "LEAST", 1)
+    monkeypatch.setattr(selective, "LEAST", 1)
     model = ready(name, method)
     batches: list[Any] = [collate(rows_with_common_beginnings(), 0)]
     if method != "prefix":
@@ -162,3 +165,39 @@ def test_the_shelf_holds_every_input_in_one_piece() -> None:
     assert len({one.untyped_storage().data_ptr() for one in kept}) == 1
     assert all(torch.equal(one, expected) for one, expected in zip(kept, given, strict=True))
     assert shelf.put(torch.zeros(2, 4)).untyped_storage().data_ptr() != kept[0].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_selective_hands_out_narrow_products_and_attention(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "LARGE", 0)
+    monkeypatch.setattr(selective, "LEAST", 1)
+    handed: list[str] = []
+    run = selective.SecondRun.__torch_dispatch__
+
+    def watched(self: Any, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held = {id(part) for step in self.left[-1:] for part in step.held}
+        out = run(self, operator, types, args, kwargs)
+        if id(out[0] if isinstance(out, tuple) else out) in held:
+            handed.append(operator.name().rpartition("::")[2].partition(".")[0])
+        return out
+
+    monkeypatch.setattr(selective.SecondRun, "__torch_dispatch__", watched)
+    model, batch = ready("llama", method), pack(rows_with_common_beginnings())
+    ours = gradients(model, batch, "selective")
+    agree(ours, gradients(model, batch, "off"))
+    layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+    wanted = {"lora": ("_linear_pointwise",), "full": ("mm", "addmm", "linear")}[method]  # mm is x Aᵀ of LoRA
+    products = [name for name in handed if name in wanted]
+    assert len(products) == 5 * layers, "q, k, v, the way out of attention, and down"
+    assert any("scaled_dot_product" in name for name in handed)
+
+
+def test_a_second_run_that_takes_another_way_computes_all() -> None:
+    x, W = torch.randn(4, 8), torch.randn(6, 8)
+    with selective.FirstRun() as seen:
+        y = x @ W.mT
+    steps = seen.kept(selective.Results(1, on_cpu=False))
+    with selective.SecondRun([step._replace(held=(y + 1,)) for step in steps]):
+        assert torch.equal(x @ W.mT, y + 1)
+    with selective.SecondRun([step._replace(held=(y + 1,)) for step in steps]):
+        assert torch.equal(x[:2] @ W.mT, y[:2])

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from trimtab.core.remake import kept, kept_tensors
+from trimtab.core.scratch import room
 from trimtab.core.site import Base, LinearBase
 
 NARROW = 16
@@ -84,18 +85,30 @@ def product(x: Tensor, W: Tensor, b: Tensor | None = None, plus: Tensor | None =
 
     The memory of `plus` (rows, out) may become the result's.
     """
-    large = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu" and W.numel() >= LARGE
-    if (
-        large
-        and x.shape[0] >= NARROW
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.mkldnn.enabled
-    ):
+    if onednns(x, W):
         by_onednn = torch.ops.mkldnn._linear_pointwise
         return by_onednn(x, W, b, "none", [], "") if plus is None else by_onednn.binary(x, plus, W, b, "add")
     if plus is not None:
         return plus.addmm_(x, W.mT) if b is None else plus.addmm_(x, W.mT).add_(b)
     return F.linear(x, W, b)
+
+
+def onednns(x: Tensor, W: Tensor) -> bool:
+    """Whether the product of x (rows, in) and W (out, in) is one for oneDNN: in fp32 on a CPU, and not small."""
+    fits = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu"
+    large = fits and x.shape[0] >= NARROW and W.numel() >= LARGE
+    return large and hasattr(torch.ops.mkldnn, "_linear_pointwise") and bool(torch.backends.mkldnn.enabled)
+
+
+def product_and(x: Tensor, W: Tensor, b: Tensor | None, h: Tensor, B: Tensor) -> Tensor:
+    """x Wᵀ + b + h Bᵀ for h (rows, rank) and B (out, rank), without gradients.
+
+    Written once where the result is no larger than x: it may then be kept for a second run (`engine.selective`).
+    """
+    if W.shape[0] > W.shape[1] or not (onednns(x, W) or x.is_meta):  # on meta a CPU is planned for
+        return product(x, W, b).addmm_(h, B.mT)
+    addend = torch.mm(h, B.mT, out=room("addend", h, (x.shape[0], W.shape[0])))
+    return torch.addmm(addend, x, W.mT) if x.is_meta else product(x, W, b, addend)
 
 
 def wide(panels: Sequence[Panel]) -> tuple[Tensor | None, list[Tensor | None], list[int]]:
@@ -141,9 +154,7 @@ class _LowRank(torch.autograd.Function):
         h = None if A is None else rows @ A.mT  # (tokens, ranks)
         outputs = []
         for one, B in zip(panels, Bs, strict=True):
-            y = product(rows, one.W, one.b)
-            if h is not None and B is not None:
-                y.addmm_(h, B.mT)
+            y = product(rows, one.W, one.b) if h is None or B is None else product_and(rows, one.W, one.b, h, B)
             outputs.append(y.view(*x.shape[:-1], one.W.shape[0]))
         ctx.shape = x.shape
         ctx.lone = [one.A is None for one in panels]

@@ -2,7 +2,7 @@
 
     block      every block keeps its input only and runs again in backward (arXiv 1604.06174)
     sqrt       groups of √depth blocks keep one input: less memory, the same one extra forward
-    selective  results of matrix products and attention are kept, all that is cheap between them is made again
+    selective  attention and products with small results are kept too: half a forward in backward, half the memory
     offload    as `block`, and the inputs wait outside the device: in pinned host memory on CUDA, on disk on a CPU
 
 Gradients are those without checkpointing, for every method and for packed rows.
@@ -28,10 +28,9 @@ from trimtab.core.errors import UserError
 from trimtab.core.swap import swap, unswap
 from trimtab.engine import rerun as rerunning
 from trimtab.engine.rerun import Disk, PinnedHost, Place, Shelf, can_rerun, rerun, taken_apart
+from trimtab.engine.selective import Results, candidate
 
 POLICIES = ("off", "block", "sqrt", "selective", "offload")
-KEPT = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
-"""Operators whose results `selective` keeps, besides attention's."""
 
 
 @contextmanager
@@ -51,7 +50,9 @@ def checkpointing(model: nn.Module, policy: str) -> Iterator[None]:
     with tempfile.TemporaryDirectory() if policy == "offload" else nullcontext() as folder:
         for blocks in stacks:
             size = math.isqrt(len(blocks) - 1) + 1 if policy == "sqrt" else 1
-            how = Again(policy, whole(model), place_for(blocks, policy, size, folder))
+            on_cpu = next(blocks[0].parameters()).device.type == "cpu"
+            keeper = Results(len(blocks), on_cpu) if policy == "selective" else None
+            how = Again(policy, whole(model), place_for(blocks, policy, size, folder), keeper)
             groups = [Group(blocks[at : at + size], how) for at in range(0, len(blocks), size)]
             for at, block in enumerate(blocks):
                 block.__dict__["_trimtab_again"] = groups[at // size] if policy == "sqrt" else how
@@ -108,7 +109,7 @@ def place_for(blocks: list[nn.Module], policy: str, size: int, folder: str | Non
     on_cpu = next(blocks[0].parameters()).device.type == "cpu"
     if folder is not None:
         return Disk(folder) if on_cpu else PinnedHost()
-    return Shelf(-(-len(blocks) // size)) if on_cpu and policy != "selective" else None
+    return Shelf(-(-len(blocks) // size)) if on_cpu else None
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,14 @@ class Again:
     policy: str
     whole: bool
     place: Place | None
+    keeper: Results | None
 
     def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`run`, of which backward makes again what the policy does not keep."""
+        if self.whole and can_rerun((args, kwargs)):
+            return rerun(run, args, kwargs, self.place, self.keeper)
         if self.policy == "selective":
             return checkpoint(run, *args, use_reentrant=False, context_fn=selective, **kwargs)
-        if self.whole and can_rerun((args, kwargs)):
-            return rerun(run, args, kwargs, self.place)
         with elsewhere(self.place) if self.policy == "offload" and self.place else nullcontext():
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
@@ -167,9 +169,7 @@ def selective() -> Any:
 
 def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep matrix products and attention, make the rest again."""
-    name = operator.name().split("::")[-1].split(".")[0]
-    kept = name in KEPT or "scaled_dot_product" in name
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if candidate(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @dataclass

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.product import LARGE, frozen_product, frozen_weight
+from trimtab.core.scratch import release
 from trimtab.core.site import LinearBase
 from trimtab.core.swap import swap, unswap
 from trimtab.engine.attention import segments_in
 from trimtab.engine.checkpointing import checkpointing
 from trimtab.engine.encoder import Seam, first_tokens
-from trimtab.engine.kernels import GATES, gated, gated_product, release, rms_norm
+from trimtab.engine.kernels import GATES, gated, gated_product, rms_norm
 from trimtab.engine.remembered import few_shapes_remembered
 from trimtab.engine.rotary import turning
 from trimtab.engine.shifted_attention import shifted_in

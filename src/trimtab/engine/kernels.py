@@ -6,7 +6,6 @@ Both mark their output (`trimtab.core.remake`), so that the linear layer behind 
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import local
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab.core.product import Panel, product, wide
+from trimtab.core.product import Panel, product, product_and, wide
 from trimtab.core.remake import mark
+from trimtab.core.scratch import room
 
 
 def rms_norm(x: Tensor, w: Tensor, epsilon: float) -> Tensor:
@@ -86,10 +86,8 @@ class _GatedProduct(torch.autograd.Function):
     ) -> Tensor:
         m = activated(g.reshape(-1, g.shape[-1]), gate)[0].mul_(u.reshape(-1, u.shape[-1]))
         A16, (B16,), _ = wide([Panel(W, b, A, B)])
-        y, h = product(m, W, b), None
-        if A16 is not None and B16 is not None:
-            h = m @ A16.mT  # (tokens, rank)
-            y.addmm_(h, B16.mT)
+        h = None if A16 is None else m @ A16.mT  # (tokens, rank)
+        y = product(m, W, b) if h is None or B16 is None else product_and(m, W, b, h, B16)
         ctx.save_for_backward(g, u, W, A, B, h)
         ctx.gate = gate
         return y.view(*g.shape[:-1], W.shape[0])
@@ -111,7 +109,7 @@ class _GatedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[6]:
                 dB = (h.mT @ dy)[: len(A)].mT
             if ctx.needs_input_grad[5]:
-                dA = (share.mT @ torch.mul(a, u, out=room("m", g)))[: len(A)]
+                dA = (share.mT @ torch.mul(a, u, out=room("m", g, g.shape)))[: len(A)]
         du = a * dm
         dg = dm.mul_(slope.mul_(u))  # dm's own memory, no longer needed: fresh memory costs more than the product
         return dg.view(shape), du.view(shape), None, None, None, dA, dB
@@ -122,31 +120,9 @@ def activated(g: Tensor, gate: str, slope: bool = False) -> tuple[Tensor, Tensor
     forward, backward = GATES[gate]
     if gate != "silu":
         return forward(g), backward(torch.ones_like(g), g) if slope else g
-    s = torch.sigmoid(g, out=room("s", g))
-    a = torch.mul(g, s, out=room("a", g))
+    s = torch.sigmoid(g, out=room("s", g, g.shape))
+    a = torch.mul(g, s, out=room("a", g, g.shape))
     return a, s.addcmul_(s, a, value=-1).add_(a) if slope else s  # σ + a − aσ
-
-
-_rooms = local()
-
-
-def room(name: str, like: Tensor) -> Tensor:
-    """Uninitialized memory of a tensor's shape for use inside one operation; on a CPU (or where one is planned for, on
-    the meta device) the same every time.
-
-    Fresh memory costs a CPU more than the arithmetic done on it, and holes between what is kept for backward.
-    """
-    if like.device.type not in ("cpu", "meta"):
-        return torch.empty_like(like)
-    held, key = _rooms.__dict__, f"{name} {like.dtype} {like.device.type}"
-    if key not in held or held[key].numel() < like.numel():
-        held[key] = like.new_empty(like.numel())
-    return held[key][: like.numel()].view(like.shape)
-
-
-def release() -> None:
-    """Give back the memory of `room`."""
-    _rooms.__dict__.clear()
 
 
 Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]

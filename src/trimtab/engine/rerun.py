@@ -14,6 +14,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,16 +106,33 @@ class PinnedHost:
         return held[1].to(held[0], non_blocking=True)
 
 
-def rerun(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], place: Place | None = None) -> Any:
+class Keeper(Protocol):
+    """What is kept of a first run besides its arguments, for the second."""
+
+    def first(self) -> AbstractContextManager[Callable[[], Any]]:
+        """The first run goes on inside; what is yielded returns what is kept, when it is over."""
+
+    def again(self, kept: Any) -> AbstractContextManager[Any]:
+        """The second run goes on inside."""
+
+
+def rerun(
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    place: Place | None = None,
+    keeper: Keeper | None = None,
+) -> Any:
     """`run(*args, **kwargs)`, of which only tensor arguments are kept, the first one in `place`; gradients are equal.
 
-    Memory: the tensor arguments. Time: one more forward. `run` returns tensors, alone or in tuples, lists and dicts.
-    Random numbers are those of the first run. A second derivative cannot be taken.
+    Memory: the tensor arguments, and what `keeper` keeps. Time: one more forward, less what `keeper` spares. `run`
+    returns tensors, alone or in tuples, lists and dicts. Random numbers are those of the first run. A second derivative
+    cannot be taken.
     """
     tensors: list[Tensor] = []
     structure, shape = taken_apart((args, kwargs), tensors), list[Any]()
     trigger = torch.empty(0, requires_grad=True)  # parameters get their gradients though no input may need one
-    outputs = _Rerun.apply(run, structure, shape, place, trigger, *tensors)
+    outputs = _Rerun.apply(run, structure, shape, place, keeper, trigger, *tensors)
     return put_together(shape[0], outputs)
 
 
@@ -160,7 +178,14 @@ def put_together(structure: Any, tensors: Any) -> Any:
 class _Rerun(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, run: Any, structure: Any, shape: list[Any], place: Place | None, _: Tensor, *tensors: Tensor
+        ctx: Any,
+        run: Any,
+        structure: Any,
+        shape: list[Any],
+        place: Place | None,
+        keeper: Keeper | None,
+        _: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.run, ctx.structure, ctx.place, ctx.count = run, structure, None, len(tensors)
@@ -175,7 +200,10 @@ class _Rerun(torch.autograd.Function):
         ctx.save_for_backward(*rest)
         args, kwargs = put_together(structure, tensors)
         outputs: list[Tensor] = []
-        shape.append(taken_apart(run(*args, **kwargs), outputs))
+        ctx.keeper = keeper
+        with nullcontext(lambda: None) if keeper is None else keeper.first() as kept:
+            shape.append(taken_apart(run(*args, **kwargs), outputs))
+        ctx.kept = kept()
         ctx.mark_non_differentiable(*(one for one in outputs if not one.is_floating_point()))
         return tuple(outputs)
 
@@ -192,8 +220,10 @@ class _Rerun(torch.autograd.Function):
         with torch.random.fork_rng(devices=ids), torch.enable_grad():
             torch.set_rng_state(ctx.random)
             set_device_states(ids, states)
-            taken_apart(ctx.run(*args, **kwargs), outputs)
+            with nullcontext() if ctx.keeper is None else ctx.keeper.again(ctx.kept):
+                taken_apart(ctx.run(*args, **kwargs), outputs)
+        ctx.kept = None
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
         if pairs:
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-        return (*[None] * 5, *(one.grad for one in inputs))
+        return (*[None] * 6, *(one.grad for one in inputs))

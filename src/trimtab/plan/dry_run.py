@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core import quantized
+from trimtab.core import quantized, scratch
 from trimtab.core.active import Activity
 from trimtab.core.attach import attach
 from trimtab.core.delta import Delta
@@ -30,7 +30,6 @@ from trimtab.core.swap import swap
 from trimtab.data.batches import collate
 from trimtab.data.encode import Encoded
 from trimtab.data.packing import Pack, bag, pack
-from trimtab.engine import kernels
 from trimtab.engine.attention import can_pack, edited_ends, reads_positions
 from trimtab.engine.encoder import Seam, candidates
 from trimtab.engine.faster import gate_namespace, norm_namespace, quick_gate, quick_norm, running
@@ -236,7 +235,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
             summed, _ = loss_sum(model, moved, bench.task)
             loss = summed / terms
         kept = live.now["activations"]
-        points, rooms = [dict(live.at_peak)], rooms_held()
+        points, rooms = [dict(live.at_peak)], scratch.held_bytes()
         live.forget_peak()
         with live.during("temporary"):
             loss.backward()
@@ -246,7 +245,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
             live.forget_peak()
             optimizer.step()
             points.append(dict(live.at_peak))
-        points[0]["temporary"] += rooms_held() - rooms  # the first step's backward has made them all
+        points[0]["temporary"] += scratch.held_bytes() - rooms  # the first step's backward has made them all
     if recipe.checkpointing == "offload":
         for point in points:
             point["activations"] = max(0, point["activations"] - kept)
@@ -261,11 +260,6 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
         adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
         state_bytes=live.now["optimizer"],
     )
-
-
-def rooms_held() -> int:
-    """Bytes of the memory that fast gates use again."""
-    return sum(one.nbytes for one in kernels._rooms.__dict__.values())
 
 
 def token_counts(batch: Any) -> Iterator[int]:
@@ -382,7 +376,7 @@ def standing(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def on_meta(model: Any, recipe: Recipe, batch: Batch) -> Iterator[None]:
     """Decide on small copies with numbers what the engine decides by trial, and run attention as a CPU does."""
-    kernels.release()
+    scratch.release()
     if recipe.faster:
         for module in list(model.modules()):
             quicken(module)
@@ -391,7 +385,7 @@ def on_meta(model: Any, recipe: Recipe, batch: Batch) -> Iterator[None]:
             model.__dict__["_trimtab_ends_with_head"] = hands_on_logits(model)
             yield
     finally:
-        kernels.release()
+        scratch.release()
 
 
 def quicken(module: nn.Module) -> None:

@@ -1,0 +1,122 @@
+"""What a block that runs again keeps of its first run, if that is more than its input: `selective` checkpointing.
+
+Attention, and matrix products whose result is no larger than what they read: these cost most for their bytes. In a
+decoder block that is all but the way up of the feed-forward, so the second run is half of a forward at a bit more than
+half of the memory of keeping everything. A result that is changed in place afterwards is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trimtab.engine.rerun import LEAST, Shelf
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_linear_pointwise")
+
+
+class Step(NamedTuple):
+    """One product or attention: its name, what it read, and what is held of its result, if anything is."""
+
+    name: str
+    shapes: tuple[torch.Size, ...]
+    held: tuple[Any, ...]
+
+
+@dataclass
+class Results:
+    """Where the kept results of a stack of blocks wait: on a CPU those of one kind side by side, as inputs do."""
+
+    blocks: int
+    on_cpu: bool
+    shelves: dict[tuple[int, int], Shelf] = field(default_factory=dict)
+
+    @contextmanager
+    def first(self) -> Iterator[Callable[[], list[Step]]]:
+        """The first run of a block; what is yielded returns what is kept of it."""
+        with FirstRun() as seen:
+            yield lambda: seen.kept(self)
+
+    def again(self, kept: list[Step]) -> SecondRun:
+        """The second run of a block."""
+        return SecondRun(kept)
+
+    def put(self, step: int, part: int, value: Any) -> Any:
+        """What is held of a part of the result of the n-th step of a block."""
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        return self.shelves.setdefault((step, part), Shelf(self.blocks)).put(value) if self.on_cpu else value
+
+
+def candidate(operator: Any, args: Sequence[Any]) -> str | None:
+    """The name of a product or an attention without dropout, None for any other operator."""
+    name: str = operator.name().split("::")[-1].split(".")[0]
+    if "scaled_dot_product" in name:
+        drawn = next((one for one in args if isinstance(one, float)), 0.0)
+        return None if drawn or name.endswith("backward") else name
+    return name if name in PRODUCTS else None
+
+
+def read_by(args: Sequence[Any]) -> tuple[torch.Size, ...]:
+    """Shapes of the tensors among arguments."""
+    return tuple(one.shape for one in args if isinstance(one, Tensor))
+
+
+class FirstRun(TorchDispatchMode):
+    """Notes every product and attention; `kept` then says which results are held."""
+
+    only_watches = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[torch.Size, ...], Any, int]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        name = candidate(operator, args) if not kwargs or "out" not in kwargs else None
+        if name is not None:
+            first = out[0] if isinstance(out, tuple) else out
+            most = max(
+                one.numel() for one in args if isinstance(one, Tensor) and not isinstance(one, torch.nn.Parameter)
+            )
+            wanted = first.nbytes >= LEAST and first.numel() <= most
+            self.found.append((name, read_by(args), out if wanted else None, first._version))
+        return out
+
+    def kept(self, results: Results) -> list[Step]:
+        """The steps, with the results that are worth keeping and were not changed."""
+        steps = []
+        for number, (name, shapes, out, version) in enumerate(self.found):
+            parts = out if isinstance(out, tuple) else (out,)
+            sound = parts[0] is not None and parts[0]._version == version
+            held = tuple(results.put(number, part, value) for part, value in enumerate(parts)) if sound else ()
+            steps.append(Step(name, shapes, held))
+        self.found.clear()
+        return steps
+
+
+class SecondRun(TorchDispatchMode):
+    """Hands out what is held in place of computing it; where a step is not the one that was noted, all is computed."""
+
+    only_watches = True
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        super().__init__()
+        self.left = list(reversed(steps))
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = candidate(operator, args) if not kwargs or "out" not in kwargs else None
+        if name is not None and self.left:
+            step = self.left.pop()
+            if (step.name, step.shapes) != (name, read_by(args)):
+                self.left.clear()
+            elif step.held:
+                return step.held if len(step.held) > 1 else step.held[0]
+        return operator(*args, **(kwargs or {}))
