@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "apollo": {"method": "full", "optimizer": "apollo"},
     "peqa": {"method": "peqa"},
     "lora, checkpointed": {"method": "lora", "rank": 16, "where": "all-linear", "checkpointing": "block"},
+    "lora, selective": {"method": "lora", "rank": 16, "where": "all-linear", "checkpointing": "selective"},
 }
 POINTS = ((8, 64), (4, 256), (1, 1024))
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
