@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ def test_offloaded_tensors_are_files_that_go_away(tmp_path: Path) -> None:
     assert torch.equal(parked.tensor(), torch.arange(5.0))
     del parked
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_for_what_is_offloaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match=r"offload could not write 20 bytes to .*: No space left"):
+        rerunning.Parked(torch.arange(5.0), str(tmp_path))
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -69,15 +69,15 @@ def ended(job: Asked, directory: Path) -> str:
     from trimtab.train import checkpoint, run
 
     kind, _, step = job.fault.partition(":")
-    write = checkpoint.write
+    store = checkpoint.store
 
-    def full(*given: Any) -> None:
-        if given[3] >= int(step):
+    def full(run: Path, made: checkpoint.Snapshot, keep: int) -> None:
+        if made.step >= int(step):
             raise UserError("save: could not write: No space left on device")
-        write(*given)
+        store(run, made, keep)
 
     if kind == "disk":
-        checkpoint.write = full
+        checkpoint.store = full
     try:
         recipe = replace(recipe_from(dict(job.values)), output=str(directory))
         tell = Faulty(int(step)) if kind == "signal" else Reporter()
@@ -86,7 +86,7 @@ def ended(job: Asked, directory: Path) -> str:
     except (Exception, Stopped) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        checkpoint.write = write
+        checkpoint.store = store
 
 
 def copied(source: Path, target: Path) -> Path:

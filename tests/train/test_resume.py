@@ -238,13 +238,13 @@ def test_what_a_method_draws_anew_is_forgotten_by_the_optimizer(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ages: list[set[int]] = []
-    plain = checkpoint.write
+    plain = checkpoint.snapshot
 
-    def look(run: Path, model: Any, optimizer: Any, step: int, *more: Any) -> None:
+    def look(model: Any, optimizer: Any, *more: Any) -> Any:
         ages.append({int(state["step"]) for state in optimizer.state.values()})
-        plain(run, model, optimizer, step, *more)
+        return plain(model, optimizer, *more)
 
-    monkeypatch.setattr(checkpoint, "write", look)
+    monkeypatch.setattr(checkpoint, "snapshot", look)
     job = replace(recipe, method="relora", settings={"rank": 2, "every": 3, "restarts": 1}, steps=5)
     tune(replace(job, output=str(tmp_path / "rounds")))
     assert ages == [{1}, {2}, set(), {1}, {2}]

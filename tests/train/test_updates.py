@@ -86,14 +86,14 @@ def test_badam_holds_the_state_of_one_block(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[tuple[int, int]] = []
-    plain = checkpoint.write
+    plain = checkpoint.snapshot
 
-    def look(run: Path, model: Any, optimizer: Any, step: int, *more: Any) -> None:
+    def look(model: Any, optimizer: Any, *more: Any) -> Any:
         trained = [p for p in model.parameters() if p.requires_grad]
         held.append((optimizer.state_bytes(), sum(tt.Lion().state_bytes(p.shape) for p in trained)))
-        plain(run, model, optimizer, step, *more)
+        return plain(model, optimizer, *more)
 
-    monkeypatch.setattr(checkpoint, "write", look)
+    monkeypatch.setattr(checkpoint, "snapshot", look)
     recipe = recipe_from(
         {**values, "optimizer": "lion", "active": "badam", "active_every": 2, "active_order": "ascending"}
     )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from trimtab.core.errors import UserError
 from trimtab.data.packing import Bag, Segment
 
 LEAST = 1 << 16
@@ -69,11 +70,19 @@ class Parked:
     """A tensor in a file that goes away with this object."""
 
     def __init__(self, tensor: Tensor, folder: str) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        handle, self.path = tempfile.mkstemp(dir=folder, suffix=".safetensors")
-        os.close(handle)
-        save_file({"x": tensor.detach().contiguous()}, self.path)
+        try:
+            handle, self.path = tempfile.mkstemp(dir=folder, suffix=".safetensors")
+            os.close(handle)
+            save_file({"x": tensor.detach().contiguous()}, self.path)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"checkpointing: offload could not write {tensor.nbytes:,} bytes to {folder}: {reason}",
+                fix="free some space, name another folder in TMPDIR, or take checkpointing: block",
+            ) from None
         weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
 
     def tensor(self) -> Tensor:

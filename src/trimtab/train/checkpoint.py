@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.save import adapter_tensors, overwrite, write_together
+from trimtab.core.save import adapter_tensors, overwrite
 from trimtab.engine.ranks import ALONE, Ranks
+from trimtab.models.starters import sha256_of
 
 FOLDER, TENSORS, RECORD = "checkpoints", "state.safetensors", "state.json"
 
@@ -36,18 +37,32 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def write(
-    run: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in memory."""
+
+    step: int
+    record: dict[str, Any]
+    tensors: dict[str, Tensor]
+    """On the CPU; those of the run itself unless they were copied."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.tensors.values())
+
+    def copied(self) -> Snapshot:
+        """The same, which later steps do not change."""
+        return replace(self, tensors={key: value.clone() for key, value in self.tensors.items()})
+
+
+def snapshot(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
     counters: Mapping[str, Any],
     best: Mapping[str, Tensor],
-    keep: int = 2,
-) -> None:
-    """Write the state after `step` steps and remove all but the newest `keep` checkpoints."""
-    from safetensors.torch import save as to_bytes
-
+) -> Snapshot:
+    """The state after `step` steps."""
     tensors = {f"adapter.{key}": value.detach() for key, value in adapter_tensors(model, "default").items()}
     tensors |= {f"best.{key}": value for key, value in best.items()}
     numbers: dict[str, Any] = {}
@@ -58,17 +73,48 @@ def write(
             else:
                 numbers[f"{index}.{key}"] = value
     tensors |= {f"random.{device}": state for device, state in random_states()}
-    blob = to_bytes({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
-    record = {"step": step, "counters": dict(counters), "optimizer": numbers, "sha256": digest(blob)}
+    held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    return Snapshot(step, {"step": step, "counters": dict(counters), "optimizer": numbers}, held)
+
+
+def store(run: Path, made: Snapshot, keep: int = 2) -> None:
+    """Write a snapshot and remove all but the newest `keep` checkpoints; a full disk leaves those that were there."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     folder = run / FOLDER
-    final, pending = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    final, pending = folder / f"step-{made.step:08d}", folder / f".step-{made.step:08d}.partial"
     shutil.rmtree(pending, ignore_errors=True)
-    write_together(pending, {TENSORS: blob, RECORD: json.dumps(record).encode()})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(pending, final)
-    flush(folder)
+    try:
+        pending.mkdir(parents=True)
+        save_file(unshared(made.tensors), pending / TENSORS)
+        record = made.record | {"sha256": sha256_of(pending / TENSORS)}
+        (pending / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        for path in (pending / TENSORS, pending / RECORD, pending):
+            flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(pending, final)
+        flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(pending, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"save: could not write {made.nbytes:,} bytes to {final}: {reason}",
+            fix="free some space or choose another directory; what was there before is unchanged",
+        ) from None
     for old in found(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own: the file format has no two names for one piece."""
+    own, seen = dict[str, Tensor](), set[int]()
+    for key, value in tensors.items():
+        memory = value.untyped_storage()
+        alone = memory.nbytes() == value.nbytes and memory.data_ptr() not in seen
+        own[key] = value if alone else value.clone()
+        seen.add(memory.data_ptr())
+    return own
 
 
 def newest(run: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, list[str]]:
@@ -120,7 +166,7 @@ def read(folder: Path) -> Checkpoint:
 
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     blob = (folder / TENSORS).read_bytes()
-    if digest(blob) != record["sha256"]:
+    if hashlib.sha256(blob).hexdigest() != record["sha256"]:
         raise ValueError("checksum differs")
     tensors: dict[str, Any] = from_bytes(blob)
     for key, value in record["optimizer"].items():
@@ -191,15 +237,10 @@ def random_states() -> Iterator[tuple[str, Tensor]]:
             yield f"cuda{index}", state
 
 
-def digest(blob: bytes) -> str:
-    """sha256 in hexadecimal."""
-    return hashlib.sha256(blob).hexdigest()
-
-
-def flush(folder: Path) -> None:
-    """Have a directory's entries on disk, where the system can."""
+def flush(path: Path) -> None:
+    """Have a file, or a directory's entries, on disk, where the system can."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

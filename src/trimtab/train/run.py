@@ -51,6 +51,7 @@ from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
 from trimtab.train.updates import Point, Updates, refuse, rule_of, schedule_of
+from trimtab.train.writer import Writer
 
 if TYPE_CHECKING:
     from trimtab.models.slices import Slices
@@ -316,7 +317,8 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     started = last_saved = time.perf_counter()
     before = counters["seconds"]
     lines = job.directory / rundir.METRICS if ranks.first else os.devnull
-    with open(lines, "a", encoding="utf-8") as log, Interrupt() as interrupt:
+    writing = Writer(job.directory, recipe.keep)
+    with open(lines, "a", encoding="utf-8") as log, Interrupt() as interrupt, writing as writer:
         while step < job.steps:
             epoch, padded = step // job.steps_per_epoch, job.packing == "off"
             order = batches(job.train_rows, rows_per_step, recipe.seed, epoch, by_length=padded)
@@ -374,16 +376,17 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
 
                 stopping, saving = ranks.any(interrupt.asked, ranks.first and due(recipe, step, last_saved))
                 if stopping or saving:
-                    held = partial(checkpoint.write, job.directory, model, optimizer, step, counters, best, recipe.keep)
-                    ranks.told(held)
+                    ranks.told(partial(writer.write, model, optimizer, step, counters, best))
                     last_saved = time.perf_counter()
                 if stopping and step < job.steps:
+                    ranks.told(writer.wait)
                     raise Stopped(f"stopped after step {step} of {job.steps}; trimtab tune --resume {job.directory}")
                 if out_of_patience(recipe, step, counters["best_step"]):
                     tell.note(f"stopping early: no better held-out loss since step {counters['best_step']}")
                     break
             if out_of_patience(recipe, step, counters["best_step"]):
                 break
+        ranks.told(writer.wait)
     update.close()
     for tracker in trackers:
         tracker.close()
