@@ -86,6 +86,9 @@ def order_of(job: Any, steps: int) -> list[list[int]]:
 
 def ours(asked: argparse.Namespace) -> dict[str, Any]:
     """Time our loop."""
+    from trimtab.engine.remembered import few_shapes_remembered
+
+    few_shapes_remembered()  # as the command line does, before torch is loaded
     from trimtab.train.reporter import Reporter
     from trimtab.train.run import train
 

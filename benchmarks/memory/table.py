@@ -228,6 +228,9 @@ def main() -> None:
     reader.add_argument("--kind", help=argparse.SUPPRESS)
     asked = reader.parse_args()
     if asked.cell:
+        from trimtab.engine.remembered import few_shapes_remembered
+
+        few_shapes_remembered()  # as the command line does, before torch is loaded
         measure = as_process if asked.kind == "process" else by_category
         print(json.dumps(measure(json.loads(asked.cell), asked.steps)))
         return

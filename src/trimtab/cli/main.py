@@ -16,6 +16,7 @@ import click
 from trimtab import __version__
 from trimtab.cli.verb import INTERRUPTED, USER_ERROR, emit, is_other_rank, last_words
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.engine.remembered import few_shapes_remembered
 
 COMMANDS = {
     "quickstart": "Fetch a small model, tune it on shipped data, show the difference.",
@@ -173,6 +174,7 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (without the program's name; None: the process's own); returns the exit code."""
+    few_shapes_remembered()  # which torch reads when it is loaded
     try:
         cli.main(argv)
     except SystemExit as done:

@@ -12,10 +12,14 @@ import os
 SHAPES = 32
 """The products of two to four steps, forward and backward: enough where rows have one length."""
 LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Read by oneDNN, and by torch's layer above it, once: at the first product of the process."""
+"""Read once, by oneDNN at its first product and by torch's layer above it as early as when torch is loaded."""
 
 
 def few_shapes_remembered() -> None:
-    """Set the limits for this process, unless its environment has them or its first product is behind it."""
+    """Set the limits for this process, unless its environment has them or it is too late.
+
+    The command line calls this before torch is loaded. A program of yours that imports torch first, and computes many
+    shapes of its own (images of one size after the other), keeps what its environment says of the second limit.
+    """
     for name in LIMITS:
         os.environ.setdefault(name, str(SHAPES))
