@@ -127,7 +127,8 @@ class Calls(TorchFunctionMode):
 
 def attention(query: Tensor, attend: Callable[[Tensor], Tensor], scale: float | None) -> Tensor:
     """`attend(query)` as the running module's deltas edit it; for functions that call torch's attention in pieces."""
-    return _running[-1].edit(query, attend, scale) if _running else attend(query)
+    edited = bool(_running) and not _running[-1].busy
+    return _running[-1].edit(query, attend, scale) if edited else attend(query)
 
 
 def edited_attention(cls: type) -> dict[str, Any]:

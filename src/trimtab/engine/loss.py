@@ -40,7 +40,7 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]
     if task in ("causal", "seq2seq"):
         keep = F.pad(labels[:, 1:] != IGNORED, (0, 1))
         with prompts(model, labels):
-            return causal_loss(model, inputs, keep, labels[:, 1:][keep[:, :-1]], None)
+            return causal_loss(model, inputs, keep, F.pad(labels[:, 1:], (0, 1))[keep], None)
     return labelled_loss(model(**inputs).logits, labels, task)
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental import _config as experimental
 
 from trimtab.core import quantized, scratch
 from trimtab.core.active import Activity
 from trimtab.core.attach import attach
+from trimtab.core.attention import attention as through_edits
 from trimtab.core.delta import Delta
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
@@ -381,7 +383,7 @@ def on_meta(model: Any, recipe: Recipe, batch: Batch) -> Iterator[None]:
         for module in list(model.modules()):
             quicken(module)
     try:
-        with standing_in(whole=not isinstance(batch, dict) or unpadded(batch)):
+        with standing_in(whole=not isinstance(batch, dict) or unpadded(batch)), counted_whole():
             model.__dict__["_trimtab_ends_with_head"] = hands_on_logits(model)
             yield
     finally:
@@ -436,6 +438,12 @@ def hands_on_logits(model: Any) -> bool:
     return len(made) == 1 and logits is made[0]
 
 
+def counted_whole() -> AbstractContextManager[None]:
+    """Where a mask without values picks rows, all of them are picked: a bit more than of the real batch."""
+    known, settings = "meta_nonzero_assume_all_nonzero", cast("Any", experimental)
+    return settings.patch(**{known: True}) if hasattr(settings, known) else nullcontext()
+
+
 def unpadded(batch: dict[str, Tensor]) -> bool:
     """Whether every row of a padded batch is of one length."""
     masks = [value for key, value in batch.items() if key.endswith("attention_mask")]
@@ -461,8 +469,12 @@ def standing_in(whole: bool) -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        run = flash if query.is_meta else plain
-        return run(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        kernel = flash if query.is_meta else plain
+
+        def run(q: Tensor) -> Tensor:
+            return kernel(q, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+        return through_edits(query, run, scale) if query.is_meta else run(query)
 
     def answer(self: Tensor) -> bool:
         return whole if self.is_meta else truth(self)
