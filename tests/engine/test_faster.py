@@ -290,3 +290,16 @@ def test_an_adapter_that_is_off_is_not_computed_by_siblings() -> None:
     attention = model.model.layers[0].self_attn
     with together(model):
         assert torch.allclose(attention.q_proj(x), F.linear(x, attention.q_proj.weight), atol=1e-6)
+
+
+def test_what_is_computed_in_inference_mode_stands_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "LARGE", 0)
+    layer = tt.attach(nn.Sequential(nn.Linear(24, 20)), tt.LoRA(rank=4), where="0")
+    x = torch.randn(32, 24)
+    with torch.inference_mode():
+        expected = layer(x).clone()
+    y = layer(x.requires_grad_())
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)

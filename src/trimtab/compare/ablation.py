@@ -16,15 +16,14 @@ from trimtab.core.attach import plan
 from trimtab.core.errors import UserError, listing
 from trimtab.train.recipe import build_method, method_settings, recipe_from
 
-KINDS = ("places", "ratios")
 PLACES = ("q", "v", "q, v", "q, k, v, o", "up, down", "gate, up, down", "all-linear")
 """Where LoRA's and DoRA's papers put their factors, and where ours go by default."""
 RATIOS = (1, 2, 4, 8, 16, 32)
 """λ = learning rate of B over that of A; 1 is plain LoRA, 16 what LoRA+ proposes."""
-
-
 MISS = 0.2
 """How far from as many values a place may be, as a share of them."""
+LARGEST = 1 << 14
+"""Beyond this rank none is looked for: some methods stop growing."""
 
 
 def ablation(kind: str, text: str, model: nn.Module) -> list[str]:
@@ -82,7 +81,7 @@ def nearest_rank(model: nn.Module, recipe: Any, place: str, wanted: int) -> int:
         return trained_values(model, made({**recipe, "rank": rank}), place)[0]
 
     first = max(1, wanted // max(1, count(1)))  # counts grow with the rank, mostly in proportion
-    while count(first) < wanted:
+    while count(first) < wanted and first < LARGEST:
         first *= 2
     low = 1
     while low < first:

@@ -152,15 +152,16 @@ def beginning(name: str) -> str:
     return next(iter(whole or found)) if not exact and (whole or len(found) == 1) else name
 
 
+BESIDE = ("optimizer_", "active_", "quantize_")
+"""Beginnings of settings of what these keys name; `recipe_from` knows which there are."""
+
+
 def settings_of(text: str, name: str, given: str) -> dict[str, Any]:
     """The settings behind a name, `rank=16+alpha=32`."""
     known, found = {*method_settings(name), "where", "quantize", "optimizer", "active"}, {}
     for item in filter(None, given.split("+")):
         key, equals, value = item.partition("=")
-        beside = key.startswith(
-            ("optimizer_", "active_", "quantize_")
-        )  # settings of what these name: recipe_from knows
-        if not equals or (key not in known and not beside):
+        if not equals or not (key in known or key.startswith(BESIDE)):
             raise UserError(
                 f"{text!r}: {item!r} is no setting of {name}",
                 fix=f"{name}:SETTING=VALUE with {listing(sorted(known))}",
@@ -188,9 +189,8 @@ def write_parts(setup: Setup, folder: Path) -> dict[str, int]:
         kept, source = examples(other, detect(other, setup.columns or None)), other
         train = found
     else:
-        train, kept = split(
-            found, share_in_use(held_amount(setup.heldout), len(found), setup.limit, JUDGED), setup.seed
-        )
+        wanted = share_in_use(held_amount(setup.heldout), len(found), setup.limit, JUDGED)
+        train, kept = split(found, wanted, setup.seed)
         source = table
     if len(kept) < 4:
         raise UserError(

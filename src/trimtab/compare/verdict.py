@@ -41,13 +41,7 @@ def standings(
         ):
             values = [run[key] for run in runs if run.get(key) is not None]
             if values:
-                row[key] = (
-                    max(values)
-                    if key in ("peak_bytes", "predicted_bytes")
-                    else values[0]
-                    if key in KEPT
-                    else mean(values)
-                )
+                row[key] = max(values) if key in LARGEST else values[0] if key in KEPT else mean(values)
         rows.append(row)
     before = next((row.get("reference_loss") for row in rows if row["name"] == "untuned"), None)
     for row in rows:
@@ -56,6 +50,7 @@ def standings(
     return sorted(rows, key=lambda row: score(row, task))
 
 
+LARGEST = ("peak_bytes", "predicted_bytes")
 KEPT = ("saved_bytes", "trainable", "rate", "factor", "settings")
 
 

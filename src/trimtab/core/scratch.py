@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from threading import local
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _rooms = local()
 
@@ -16,9 +17,11 @@ _rooms = local()
 def room(name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialized memory of a shape, with the type and device of a tensor, until the next call with this name.
 
-    On a CPU (or where one is planned for, on the meta device) it is kept for the next call; elsewhere it is fresh.
+    On a CPU (or where one is planned for, on the meta device) it is kept for the next call; elsewhere, for tensors that
+    are none of torch's own class, and in inference mode, whose tensors may not be written to outside it, it is fresh.
     """
-    if like.device.type not in ("cpu", "meta"):
+    plain = type(like) in (Tensor, nn.Parameter) and not torch.is_inference_mode_enabled()
+    if like.device.type not in ("cpu", "meta") or not plain:
         return like.new_empty(shape)
     held, key, count = _rooms.__dict__, f"{name} {like.dtype} {like.device.type}", 1
     for size in shape:
