@@ -3,9 +3,10 @@
     python benchmarks/methods.py --data DIR [--task sst2|mrpc|e2e ...] [--methods GLOB ...] [--minutes N]
 
 DIR holds `glue/SST-2`, `glue/MRPC` and `e2e`. Every method and preset of the registry trains once over the same rows,
-at its default sites and settings, at each of `--rates` times its default learning rate; the rate of the lowest loss on
-rows split off the training file is kept and trained again with a second seed. Test rows choose nothing. References: the
-model untuned, a trained head alone, and full fine-tuning. Memory is the process's own peak during each run.
+at its default sites and settings, at each of `--rates` times its default learning rate and, while the outermost is the
+best, at up to two beyond it; the rate of the lowest loss on rows split off the training file is kept and trained again
+with a second seed. Test rows choose nothing. References: the model untuned, a trained head alone, and full fine-tuning.
+Memory is the process's own peak during each run.
 
 A finished run is a line of `benchmarks/results/methods/<task>.jsonl`: started again, the benchmark goes on behind the
 last one, and several processes may share the file, each with other `--methods`. `<task>.json` has the table with its
@@ -47,6 +48,8 @@ from trimtab.train.rundir import peak_memory, versions
 
 RESULTS = Path(__file__).parent / "results" / "methods"
 SEEDS = (0, 1)
+BEYOND = ((0.1, 0.03), (10.0, 30.0))
+"""Rates that are tried, one after the other, while the best is the outermost."""
 
 
 @dataclass(frozen=True)
@@ -306,13 +309,33 @@ def peak() -> int | None:
 def plan(
     entry: Entry, factors: Sequence[float], known: Mapping[float, Mapping[str, Any]]
 ) -> Iterator[tuple[float, int]]:
-    """The runs of one entry in order: every rate with the first seed, then the best of them with the second."""
+    """The runs of one entry in order: every rate with the first seed, further ones while the best is the outermost,
+    then the best of them with the second."""
     if entry.name == "untuned":
         factors = [1.0]
     yield from ((factor, SEEDS[0]) for factor in factors)
+    if len(factors) > 1:
+        for _ in BEYOND[0]:
+            further = next_rate(known)
+            if further is None:
+                break
+            yield further, SEEDS[0]
     kept = chosen(known)
     if kept is not None:
         yield kept["factor"], SEEDS[1]
+
+
+def next_rate(known: Mapping[float, Mapping[str, Any]]) -> float | None:
+    """Where the best of the rates tried is the outermost, the next one beyond it."""
+    kept = chosen(known)
+    below, above = BEYOND
+    if kept is None:
+        return None
+    if kept["factor"] == max(known):
+        return next((one for one in above if one > max(known)), None)
+    if kept["factor"] == min(known):
+        return next((one for one in below if one < min(known)), None)
+    return None
 
 
 def chosen(runs: Mapping[float, Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -352,7 +375,7 @@ def table(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> li
     known, task = bench.done(), bench.task
     rows = []
     for entry in listed:
-        tried = [1.0] if entry.name == "untuned" else factors
+        tried = [1.0] if entry.name == "untuned" else [*factors, *BEYOND[0], *BEYOND[1]]
         first = {factor: known[key] for factor in tried if (key := bench.key(entry, factor, SEEDS[0])) in known}
         if not first:
             continue
@@ -367,7 +390,7 @@ def table(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> li
         row |= {"where": kept["where"], "rate": kept["rate"], "factor": kept["factor"], "scores": scores}
         row |= {"mean": sum(scores) / len(scores), "trainable": kept["trainable"], "total": kept["total"]}
         row |= {"seconds": kept.get("seconds"), "peak_bytes": max(run["peak_bytes"] or 0 for run in runs)}
-        row["edge"] = len(factors) > 1 and kept["factor"] in (min(factors), max(factors))
+        row["edge"] = len(first) > 1 and kept["factor"] in (min(first), max(first))
         rows.append(row)
     head = next((row for row in rows if row["name"] == "head only" and "scores" in row), None)
     for row in rows:
@@ -393,7 +416,8 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         "",
         f"{task.rows} training rows, one epoch in batches of {task.batch_size}; {task.measure} on "
         f"{conditions['test_rows']} test rows, seeds {SEEDS[0]} and {SEEDS[1]}. The learning rate is the one of the "
-        f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default. "
+        f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default and, where the "
+        f"outermost was best, up to two beyond it. "
         f"{conditions['machine']}, {conditions['threads']} thread, torch {conditions['versions']['torch']}, float32. "
         "Written by `benchmarks/methods.py`.",
         "",
