@@ -285,7 +285,7 @@ def place(job: Job) -> str:
 
 def bits(model: torch.nn.Module) -> float:
     """A number that changes when a weight does."""
-    return float(sum(one.detach().double().sum() for one in model.parameters()))
+    return float(sum(one.detach().sum(dtype=torch.float64) for one in model.parameters()))
 
 
 def reset_peak() -> None:
@@ -416,8 +416,8 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         "",
         f"{task.rows} training rows, one epoch in batches of {task.batch_size}; {task.measure} on "
         f"{conditions['test_rows']} test rows, seeds {SEEDS[0]} and {SEEDS[1]}. The learning rate is the one of the "
-        f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default and, where the "
-        f"outermost was best, up to two beyond it. "
+        f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default and, where "
+        "the outermost was best, up to two beyond it. "
         f"{conditions['machine']}, {conditions['threads']} thread, torch {conditions['versions']['torch']}, float32. "
         "Written by `benchmarks/methods.py`.",
         "",

@@ -286,3 +286,17 @@ def test_the_command_and_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture
     assert names
     assert all(one["peak_memory_bytes"] <= 1.1e9 for one in found["fits"])
     assert "2402.09353" in found["order"]
+
+
+def test_another_floating_type_than_the_files_needs_both_while_loading(tmp_path: Path) -> None:
+    source = saved(tmp_path, LLAMA | {"dtype": "float32", "vocab_size": 200_000})
+    same, other = (planned(source, dtype=one, max_length=16, batch_size=1) for one in ("float32", "bfloat16"))
+    assert "loading" not in same.memory
+    assert other.peak_memory_bytes == pytest.approx(other.memory["process"] + 6 * other.parameters, rel=1e-6)
+    assert other.memory["loading"] > 0
+
+
+def test_a_gpu_holds_no_file(tmp_path: Path) -> None:
+    source = saved(tmp_path, LLAMA | {"dtype": "float32", "vocab_size": 200_000})
+    found = tt.plan(recipe_from({"model": source, "data": "-", "dtype": "bfloat16", "max_length": 16}), fit="24GB")
+    assert "loading" not in found.memory

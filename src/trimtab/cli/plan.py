@@ -25,6 +25,7 @@ WORDS = {
     "process": "the process itself",
     "allocator": "allocator, kernels",
     "file": "weights' file, mapped",
+    "loading": "loading, beyond a step",
 }
 """Category -> its line."""
 

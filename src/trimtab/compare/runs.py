@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.compare.setup import PARTS, Entry, Setup, key_of
 from trimtab.core.attach import detach
 from trimtab.core.errors import UserError
@@ -141,9 +143,9 @@ class Hall:
             return known
         began, run = time.perf_counter(), {"key": key, "name": entry.name, "kind": entry.kind, **about}
         clean = False
-        forget()
         try:
             loaded = self.loaded(seed)
+            forget()
             run |= self._run(entry, loaded, run)
             if entry.trains:
                 detach(loaded.model).eval()
@@ -154,7 +156,7 @@ class Hall:
             run["problem"] = f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else ''}"
         if not clean:
             self._loaded = None
-        run |= {"peak_bytes": peak(), "total_seconds": round(time.perf_counter() - began, 3)}
+        run |= {"peak_bytes": run.get("peak_bytes") or peak(), "total_seconds": round(time.perf_counter() - began, 3)}
         self.journal.add(run)
         return run
 
@@ -190,12 +192,13 @@ class Hall:
                 lines = train(job, Reporter())
                 return found | figures(lines) | {"choose": job.measure()["loss"]}
         result = carry_out(job, Reporter())
+        found["peak_bytes"] = peak()  # of training and its own measuring, before the rows that judge
         lines = [json.loads(one) for one in (job.directory / rundir.METRICS).read_text(encoding="utf-8").splitlines()]
         found |= figures(lines) | {
             "choose": result.after["loss"],
             "directory": str(job.directory.relative_to(self.folder)),
         }
-        found["predicted_bytes"] = job.record.get("memory", {}).get("predicted_bytes")
+        found["predicted_bytes"] = foretold(job.record.get("memory", {}))
         found["curve"] = thinned([(line["step"], line["loss"]) for line in lines])
         found["saved_bytes"] = sum(one.stat().st_size for one in (job.directory / rundir.ADAPTER).iterdir())
         return found | self._judgement(job.model, loaded, self.judged(loaded))
@@ -262,6 +265,12 @@ def rows_in(path: Path, columns: Mapping[str, str]) -> list[Example]:
     return examples(table, detect(table, columns or None))
 
 
+def foretold(memory: Mapping[str, Any]) -> int | None:
+    """The predicted peak of a run whose model is in memory already: without what loading it takes."""
+    whole: int | None = memory.get("predicted_bytes")
+    return whole and whole - memory["predicted"].get("loading", 0)
+
+
 def at_rate(job: Job, rate: float) -> Job:
     """The same job at another learning rate, which its recipe then names."""
     rate = float(f"{rate:.3g}")
@@ -310,7 +319,7 @@ def file_name(name: str) -> str:
 
 def trace(model: Any) -> float:
     """A number that changes when a weight does."""
-    return float(sum(one.detach().double().sum() for one in model.parameters()))
+    return float(sum(one.detach().sum(dtype=torch.float64) for one in model.parameters()))
 
 
 def forget() -> None:

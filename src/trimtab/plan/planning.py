@@ -40,7 +40,8 @@ class Plan:
     model: str
     recipe: dict[str, Any]
     memory: dict[str, int]
-    """By category, with `process`, `allocator` and `file`: what the process holds beside the step's own tensors."""
+    """By category, with `process`, `allocator` and `file`: what the process holds beside the step's own tensors; and
+    `loading`, what reading the weights in another floating type takes beyond that: the mapped file beside the copy."""
     peak_memory_bytes: int
     step_bytes: int
     """Living tensors of the step alone."""
@@ -148,7 +149,7 @@ def whole(
         switch_seconds=saved / READING,
         room=fit.name,
         room_bytes=round(fit.bytes),
-        fits=peak - max(0, memory.get("file", 0)) <= fit.bytes,
+        fits=peak - max(0, memory.get("file", 0)) - memory.get("loading", 0) <= fit.bytes,
         notes=tuple(notes),
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -288,12 +289,22 @@ def extended(low: Counted, high: Counted, times: float) -> Counted:
 
 def beside(recipe: Recipe, live: dict[str, int], model: Any, fit: Room, dtype: torch.dtype) -> dict[str, float]:
     """What the process holds beside the step's tensors."""
-    value = dtype.itemsize
+    value, stored = dtype.itemsize, stored_as(model).itemsize
     mapped = 0.0
     if recipe.quantize:
         mapped = sum(value * model.get_submodule(one.module).weight.numel() for one in select(model, "all-linear"))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     table = model.get_input_embeddings()
-    if table is not None and (head is None or head.weight is not table.weight):
+    if value == stored and table is not None and (head is None or head.weight is not table.weight):
         mapped -= value * table.weight.numel() * UNREAD
-    return around(live, fit.kind, vocabulary_of(model), mapped, coded=bool(recipe.quantize))
+    extra = around(live, fit.kind, vocabulary_of(model), mapped, coded=bool(recipe.quantize))
+    if fit.kind == "cpu" and value != stored and recipe.shard == "none":
+        both = (value + stored) * sum(one.numel() for one in model.parameters())
+        extra["loading"] = max(0.0, extra["process"] + both - sum(live.values()) - sum(extra.values()))
+    return extra
+
+
+def stored_as(model: Any) -> torch.dtype:
+    """The floating type of the weights' file, by its configuration."""
+    found = getattr(model.config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32

@@ -247,7 +247,8 @@ def work_of(recipe: Recipe, room: Room, rows: int, completions: float) -> tuple[
     parts = parts_of(bench.model)
     growing = sum(plan.memory[name] for name in ("activations", "logits", "temporary"))
     slack = 1 + ROUNDING if room.kind == "cuda" else 1.0
-    fixed = plan.peak_memory_bytes - max(0, plan.memory.get("file", 0)) - slack * (growing + parts.frozen)
+    passing = max(0, plan.memory.get("file", 0)) + plan.memory.get("loading", 0)
+    fixed = plan.peak_memory_bytes - passing - slack * (growing + parts.frozen)
     return plan, Work(parts, plan.flops_per_step / rows, fixed, growing / rows, slack, recipe.batch_size)
 
 
