@@ -4,9 +4,9 @@
 
 DIR holds `glue/SST-2`, `glue/MRPC` and `e2e`. Every method and preset of the registry trains once over the same rows,
 at its default sites and settings, at each of `--rates` times its default learning rate and, while the outermost is the
-best, at up to two beyond it; the rate of the lowest loss on rows split off the training file is kept and trained again
-with a second seed. Test rows choose nothing. References: the model untuned, a trained head alone, and full fine-tuning.
-Memory is the process's own peak during each run.
+best, at up to two beyond it. The two rates of the lowest loss on rows split off the training file are trained again
+with a second seed, and the one of the lower mean loss is kept. Test rows choose nothing. References: the model untuned,
+a trained head alone, and full fine-tuning. Memory is the process's own peak during each run.
 
 A finished run is a line of `benchmarks/results/methods/<task>.jsonl`: started again, the benchmark goes on behind the
 last one, and several processes may share the file, each with other `--methods`. `<task>.json` has the table with its
@@ -306,11 +306,13 @@ def peak() -> int | None:
         return peak_memory()
 
 
-def plan(
-    entry: Entry, factors: Sequence[float], known: Mapping[float, Mapping[str, Any]]
-) -> Iterator[tuple[float, int]]:
+Runs = Mapping[tuple[float, int], Mapping[str, Any]]
+"""Runs of one entry by factor and seed."""
+
+
+def plan(entry: Entry, factors: Sequence[float], known: Runs) -> Iterator[tuple[float, int]]:
     """The runs of one entry in order: every rate with the first seed, further ones while the best is the outermost,
-    then the best of them with the second."""
+    then the two best with the second; at last the kept one again where its test rows were passed over."""
     if entry.name == "untuned":
         factors = [1.0]
     yield from ((factor, SEEDS[0]) for factor in factors)
@@ -320,28 +322,46 @@ def plan(
             if further is None:
                 break
             yield further, SEEDS[0]
+    for factor in ranked(known)[:2]:
+        yield factor, SEEDS[1]
     kept = chosen(known)
-    if kept is not None:
-        yield kept["factor"], SEEDS[1]
+    if kept is not None and "test" not in known[kept, SEEDS[0]]:
+        yield kept, SEEDS[0]
 
 
-def next_rate(known: Mapping[float, Mapping[str, Any]]) -> float | None:
+def next_rate(known: Runs) -> float | None:
     """Where the best of the rates tried is the outermost, the next one beyond it."""
-    kept = chosen(known)
+    tried, order = sorted({factor for factor, _ in known}), ranked(known)
     below, above = BEYOND
-    if kept is None:
+    if not order:
         return None
-    if kept["factor"] == max(known):
-        return next((one for one in above if one > max(known)), None)
-    if kept["factor"] == min(known):
-        return next((one for one in below if one < min(known)), None)
+    if order[0] == tried[-1]:
+        return next((one for one in above if one > tried[-1]), None)
+    if order[0] == tried[0]:
+        return next((one for one in below if one < tried[0]), None)
     return None
 
 
-def chosen(runs: Mapping[float, Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Of the runs by rate, the one with the lowest loss on the selection rows."""
-    sound = [run for run in runs.values() if "problem" not in run and run["choose"]["loss"] == run["choose"]["loss"]]
-    return min(sound, key=lambda run: float(run["choose"]["loss"]), default=None)
+def ranked(known: Runs) -> list[float]:
+    """The rates by the loss of the first seed on the selection rows, those that failed left out."""
+    losses = {factor: loss_on_choice(run) for (factor, seed), run in known.items() if seed == SEEDS[0]}
+    return sorted((one for one, loss in losses.items() if loss < float("inf")), key=lambda one: losses[one])
+
+
+def chosen(known: Runs) -> float | None:
+    """The rate of the lowest loss on the selection rows, in the mean of the seeds where any rate has both."""
+    order = ranked(known)
+    both = [one for one in order if (one, SEEDS[1]) in known]
+    both = [one for one in both if loss_on_choice(known[one, SEEDS[1]]) < float("inf")]
+    if not both:
+        return order[0] if order else None
+    return min(both, key=lambda one: sum(loss_on_choice(known[one, seed]) for seed in SEEDS))
+
+
+def loss_on_choice(run: Mapping[str, Any]) -> float:
+    """The loss on the selection rows; infinite for a run that failed."""
+    found = float("inf") if "problem" in run else float(run["choose"]["loss"])
+    return found if found == found else float("inf")
 
 
 def carry_out(bench: Bench, listed: Sequence[Entry], factors: Sequence[float], until: float) -> bool:
@@ -349,21 +369,20 @@ def carry_out(bench: Bench, listed: Sequence[Entry], factors: Sequence[float], u
     known, longest = bench.done(), 0.0
     factors = sorted(factors, key=lambda factor: abs(factor - 1))
     for entry in listed:
-        first: dict[float, Mapping[str, Any]] = {}
-        for factor, seed in plan(entry, factors, first):
-            key = bench.key(entry, factor, seed)
+        runs: dict[tuple[float, int], Mapping[str, Any]] = {}
+        for factor, seed in plan(entry, factors, runs):
+            key, again = bench.key(entry, factor, seed), (factor, seed) in runs
             run = known.get(key)
-            if run is None:
+            if run is None or again:
                 if time.monotonic() + longest > until:
                     return False
-                rival = chosen(first) if seed == SEEDS[0] else None
-                run = bench.run(entry, factor, seed, rival["choose"]["loss"] if rival else float("inf"))
+                rivals = [loss_on_choice(one) for one in runs.values()] if seed == SEEDS[0] and not again else []
+                run = bench.run(entry, factor, seed, min(rivals, default=float("inf")))
                 bench.write(run)
                 longest = max(longest, run["total_seconds"])
                 told = run.get("problem") or {name: run[name] for name in ("rate", "choose", "test") if name in run}
                 print(f"{bench.name} {entry.name} x{factor:g} seed {seed}: {told} {run['total_seconds']} s", flush=True)
-            if seed == SEEDS[0]:
-                first[factor] = run
+            runs[factor, seed] = run
     return True
 
 
@@ -376,20 +395,24 @@ def table(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> li
     rows = []
     for entry in listed:
         tried = [1.0] if entry.name == "untuned" else [*factors, *BEYOND[0], *BEYOND[1]]
-        first = {factor: known[key] for factor in tried if (key := bench.key(entry, factor, SEEDS[0])) in known}
+        keys = {(factor, seed): bench.key(entry, factor, seed) for factor in tried for seed in SEEDS}
+        runs = {at: known[key] for at, key in keys.items() if key in known}
+        first = sorted(factor for factor, seed in runs if seed == SEEDS[0])
         if not first:
             continue
-        kept = chosen(first)
-        row: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "rates_tried": sorted(first)}
-        if kept is None:
-            rows.append(row | {"problem": next(iter(first.values())).get("problem")})
+        best = chosen(runs)
+        row: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "rates_tried": first}
+        if best is None:
+            rows.append(row | {"problem": runs[first[0], SEEDS[0]].get("problem")})
             continue
-        second = known.get(bench.key(entry, kept["factor"], SEEDS[1]))
-        runs = [kept, *([second] if second and "test" in second else [])]
-        scores = [run["test"][task.measure] for run in runs]
+        kept = runs[best, SEEDS[0]]
+        shown = [runs[best, seed] for seed in SEEDS if "test" in runs.get((best, seed), {})]
+        if not shown:
+            continue
+        scores = [run["test"][task.measure] for run in shown]
         row |= {"where": kept["where"], "rate": kept["rate"], "factor": kept["factor"], "scores": scores}
         row |= {"mean": sum(scores) / len(scores), "trainable": kept["trainable"], "total": kept["total"]}
-        row |= {"seconds": kept.get("seconds"), "peak_bytes": max(run["peak_bytes"] or 0 for run in runs)}
+        row |= {"seconds": kept.get("seconds"), "peak_bytes": max(run["peak_bytes"] or 0 for run in shown)}
         row["edge"] = len(first) > 1 and kept["factor"] in (min(first), max(first))
         rows.append(row)
     head = next((row for row in rows if row["name"] == "head only" and "scores" in row), None)
@@ -416,8 +439,8 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         "",
         f"{task.rows} training rows, one epoch in batches of {task.batch_size}; {task.measure} on "
         f"{conditions['test_rows']} test rows, seeds {SEEDS[0]} and {SEEDS[1]}. The learning rate is the one of the "
-        f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default and, where "
-        "the outermost was best, up to two beyond it. "
+        f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default and up to "
+        f"two beyond it where the outermost was best; for the two best, in the mean of both seeds. "
         f"{conditions['machine']}, {conditions['threads']} thread, torch {conditions['versions']['torch']}, float32. "
         "Written by `benchmarks/methods.py`.",
         "",
