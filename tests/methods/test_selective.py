@@ -370,9 +370,36 @@ def test_the_penalty_is_the_expected_number_of_open_gates(cls: Any) -> None:
     (delta,) = deltas(model).values()
     log_alpha = 5 + 7 * delta.gate.detach().numpy()
     wanted = sigmoid(log_alpha).sum()
-    if cls is tt.StructuredDiffPruning:
-        wanted *= sigmoid(5 + 7 * delta.group_gate.item())
-    assert delta.method.penalty(delta).item() == pytest.approx(0.01 * wanted)
+    group = sigmoid(5 + 7 * delta.group_gate.item()) if cls is tt.StructuredDiffPruning else 0.0
+    assert delta.method.penalty(delta).item() == pytest.approx(0.01 * (wanted + group))
+
+
+def test_the_papers_penalty_of_structured_diff_pruning_is_a_product_and_its_codes_a_sum() -> None:
+    """The facts' 14.1: at the published sparsity only the sum leaves the matrix's gate to the task."""
+    pulls = {}
+    for summed in (True, False):
+        method = tt.StructuredDiffPruning(sparsity=0.01, gate_speed=7, summed=summed)
+        (delta,) = deltas(move(tt.attach(decoder().double(), method, "up@0"))).values()
+        each = sigmoid(5 + 7 * delta.gate.detach().numpy()).sum()
+        group = sigmoid(5 + 7 * delta.group_gate.item())
+        penalty = delta.method.penalty(delta)
+        assert penalty.item() == pytest.approx(0.01 * (each + group if summed else each * group))
+        (pulls[summed],) = torch.autograd.grad(penalty, delta.group_gate)
+    assert pulls[False].item() == pytest.approx(each * pulls[True].item())
+
+
+def test_the_gate_of_a_matrix_stays_open_at_the_published_sparsity() -> None:
+    def after(summed: bool) -> float:
+        model = tt.attach(decoder(), tt.StructuredDiffPruning(summed=summed, gates_until=1000), "up@0")
+        optimizer = torch.optim.AdamW(trained(model), lr=1.3e-4, weight_decay=0.0)
+        (delta,) = deltas(model).values()
+        for _ in range(60):
+            optimizer.zero_grad()
+            delta.method.penalty(delta).backward()
+            optimizer.step()
+        return delta.method.log_alpha(delta.group_gate).item()
+
+    assert after(summed=True) > 2.0 > 0.0 > after(summed=False)
 
 
 def test_gates_are_open_as_often_as_the_penalty_says() -> None:

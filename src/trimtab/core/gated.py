@@ -74,8 +74,10 @@ class Gated(WeightMethod):
         return 2 * site.out_features * site.in_features
 
     def log_alpha(self, gate: Tensor) -> Tensor:
-        """Where a gate stands; it moves `gate_speed` times as fast as an offset."""
-        return OPEN + self.gate_speed * gate
+        """Where a gate stands. It moves `gate_speed` times as fast as an offset, and its gradient is that of log α:
+        as with a learning rate of its own, and not `gate_speed` times that, which would drown Adam's ε."""
+        moved: Tensor = OPEN + self.gate_speed * gate.detach()
+        return moved + (gate - gate.detach())
 
     def weight(self, W: Tensor, p: Any) -> Tensor:
         if fixed(p):
