@@ -68,6 +68,17 @@ def test_adalora_gives_out_its_ranks_within_a_short_run(recipe: Recipe, tmp_path
     assert len(set(ranks)) > 1
 
 
+def test_the_gates_of_a_short_run_are_gone_after_half_of_it(recipe: Recipe, tmp_path: Path) -> None:
+    assert find("diff_pruning")(gates_until=5).over(9).gates_until == 5
+    short = find("diff_pruning")().over(9)
+    assert (short.gates_until, short.over(9)) == (4, short)
+    job = replace(recipe, method="diff_pruning", settings={"density": 0.02})
+    asked = replace(job, settings={"density": 0.02, "gates_until": 4}, output=str(tmp_path / "asked"))
+    tune(replace(job, output=str(tmp_path / "default")))
+    tune(asked)
+    assert adapter(tmp_path / "default") == adapter(tmp_path / "asked")
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_classifiers_settle_too(name: str, tmp_path: Path) -> None:
     """Their logits have a graph of their own, which must be gone when tensors change their shape."""

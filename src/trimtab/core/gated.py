@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,10 @@ class Gated(WeightMethod):
     def trained(self, p: Any) -> list[Tensor]:
         """The tensors of trained gates."""
         return [p.gate]
+
+    def over(self, steps: int) -> Self:
+        """Where the gates would stay to the end: gone after half of the run, as the paper divides it."""
+        return self if self.gates_until < steps or steps < 2 else replace(self, gates_until=steps // 2)
 
     def due(self, step: int | None) -> bool:
         return step is None or step == self.gates_until

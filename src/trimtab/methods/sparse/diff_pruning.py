@@ -21,10 +21,10 @@ class DiffPruning(Gated):
     at `index` (k), v = `value` (k), trained on with this fixed mask. Outside training z is that of the last noise.
     Costs 2·in·out trained values and a dense W' until then; afterwards k values and nothing else, on disk too.
     Mergeable.
-    arXiv 2012.07463. `gate_speed` stands for the paper's own learning rate of the gates, 0.1, and leaves the
-    gradient of log α as it is; both rates fall together here,
-    there the gates' does not. The optimizer starts anew at the fixed mask, as in the official code. A head trained
-    beside it is outside the budget; the official code counts it.
+    arXiv 2012.07463. `gate_speed` stands for the paper's own learning rate of the gates, 0.1, and leaves the gradient
+    of log α as it is; both rates fall together here, there the gates' does not. A run of at most `gates_until` steps
+    fixes the mask after half of them: the paper gives both phases as many epochs. The optimizer starts anew at the
+    fixed mask, as in the official code. A head trained beside it is outside the budget; the official code counts it.
     """
 
     paper: ClassVar[str] = "2012.07463"
