@@ -34,6 +34,7 @@ import torch
 
 import trimtab as tt
 from trimtab.catalog import attachable, describe, entries, parts_of
+from trimtab.compare.runs import peak, trace
 from trimtab.core.registry import to_json
 from trimtab.data.encode import EncodedSet, encode_all, labels_of
 from trimtab.data.forms import Labelled, PromptCompletion, detect, examples, split, take
@@ -44,7 +45,7 @@ from trimtab.train.interrupt import Stopped
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
 from trimtab.train.run import PROBE_RATE, Job, prepare, train, width_of
-from trimtab.train.rundir import peak_memory, versions
+from trimtab.train.rundir import versions
 
 RESULTS = Path(__file__).parent / "results" / "methods"
 SEEDS = (0, 1)
@@ -192,7 +193,7 @@ class Bench:
     def model(self, seed: int) -> Loaded:
         """The model with the head of a seed, loaded once; loaded again if a run has left something behind."""
         known = self.loaded.get(seed)
-        if known is not None and bits(known[0].model) != known[1]:
+        if known is not None and trace(known[0].model) != known[1]:
             raise SystemExit(f"a run changed the frozen weights of {self.task.model}")
         if known is None:
             self.loaded.clear()
@@ -202,7 +203,7 @@ class Bench:
             names = None if self.task.causal else [str(one) for one in labels_of(examples(rows, detect(rows, None)))]  # type: ignore[arg-type]
             with quiet_transformers():
                 made = load(self.task.model, task=task, labels=names, dtype="float32", device="cpu", head_seed=seed)
-            known = self.loaded[seed] = (made, bits(made.model))
+            known = self.loaded[seed] = (made, trace(made.model))
         return known[0]
 
     def job(self, entry: Entry, rate: float | None, seed: int) -> Job:
@@ -283,11 +284,6 @@ def place(job: Job) -> str:
     return ", ".join(part["where"] for part in job.record["method"])
 
 
-def bits(model: torch.nn.Module) -> float:
-    """A number that changes when a weight does."""
-    return float(sum(one.detach().sum(dtype=torch.float64) for one in model.parameters()))
-
-
 def reset_peak() -> None:
     """Begin the process's peak memory anew, where the system can."""
     gc.collect()
@@ -295,15 +291,6 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
-
-
-def peak() -> int | None:
-    """Peak resident bytes since `reset_peak`, or of the whole process where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return peak_memory()
 
 
 Runs = Mapping[tuple[float, int], Mapping[str, Any]]
@@ -413,6 +400,7 @@ def table(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> li
         row |= {"where": kept["where"], "rate": kept["rate"], "factor": kept["factor"], "scores": scores}
         row |= {"mean": sum(scores) / len(scores), "trainable": kept["trainable"], "total": kept["total"]}
         row |= {"seconds": kept.get("seconds"), "peak_bytes": max(run["peak_bytes"] or 0 for run in shown)}
+        row["by_both_seeds"] = sum(seed == SEEDS[1] for _, seed in runs) > 1 or len(first) == 1
         row["edge"] = len(first) > 1 and kept["factor"] in (min(first), max(first))
         rows.append(row)
     head = next((row for row in rows if row["name"] == "head only" and "scores" in row), None)
@@ -440,7 +428,7 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         f"{task.rows} training rows, one epoch in batches of {task.batch_size}; {task.measure} on "
         f"{conditions['test_rows']} test rows, seeds {SEEDS[0]} and {SEEDS[1]}. The learning rate is the one of the "
         f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default and up to "
-        f"two beyond it where the outermost was best; for the two best, in the mean of both seeds. "
+        "two beyond it where the outermost was best: of the two best with one seed, the better in the mean of both. "
         f"{conditions['machine']}, {conditions['threads']} thread, torch {conditions['versions']['torch']}, float32. "
         "Written by `benchmarks/methods.py`.",
         "",
@@ -451,6 +439,7 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         second = f"{row['scores'][1]:.4f}" if len(row["scores"]) > 1 else "-"
         remarks = ["not clearly better than the head alone"] if row.get("beats_head") is False else []
         remarks += ["one seed only"] if len(row["scores"]) < len(SEEDS) else []
+        remarks += [] if row["by_both_seeds"] else ["rate chosen with one seed"]
         remarks += ["best at the edge of the rates"] if row["edge"] and row["kind"] != "reference" else []
         time_taken = "-" if row["seconds"] is None else f"{row['seconds']:.1f} s"
         untuned = row["name"] == "untuned"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class Gated(WeightMethod):
         """The tensors of trained gates."""
         return [p.gate]
 
-    def over(self, steps: int) -> Self:
+    def over(self, steps: int) -> Gated:
         """Where the gates would stay to the end: gone after half of the run, as the paper divides it."""
         return self if self.gates_until < steps or steps < 2 else replace(self, gates_until=steps // 2)
 
