@@ -5,6 +5,7 @@ All cases given to `together` share one start of two processes, which is most of
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import tempfile
@@ -45,6 +46,7 @@ def together(cases: Sequence[Case]) -> dict[str, dict[str, str | None]]:
 
 def work(rank: int, jobs: list[tuple[Attachable, str, str]], directory: str) -> None:
     """What each process does: all jobs in order, both ways."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", f"file://{directory}/meeting", rank=rank, world_size=RANKS)
