@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from trimtab.core.errors import UserError
+from trimtab.core.save import read_record
 from trimtab.train.interrupt import Stopped
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
@@ -98,3 +100,16 @@ def copied(source: Path, target: Path) -> Path:
 def names(found: Sequence[str]) -> list[str]:
     """The kinds of what processes ended with."""
     return [one.partition(":")[0] for one in found]
+
+
+def adapter(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter" / "adapter.safetensors")
+
+
+def apart(one: Path, other: Path) -> float:
+    """The largest difference of two adapters, relative above 1 (QAT saves zero points); keys and shapes are equal."""
+    ours, theirs = adapter(one), adapter(other)
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    assert read_record(one / "adapter")["base"] == read_record(other / "adapter")["base"]
+    pairs = [(ours[key].double(), theirs[key].double()) for key in ours if ours[key].numel()]
+    return max(float(((one - other).abs() / other.abs().clamp(min=1)).max()) for one, other in pairs)

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tests.cli.conftest import WORDS, save_model, write_rows
-from tests.train.processes import Asked, copied, together
+from tests.train.processes import Asked, adapter, apart, copied, together
 
 from trimtab import laws
 from trimtab.core.errors import UserError
-from trimtab.core.save import read_record
 from trimtab.data.encode import Encoded
 from trimtab.data.shares import shares
 from trimtab.train.recipe import recipe_from
@@ -115,19 +113,6 @@ def both_ways(base: dict[str, Any], runs: dict[str, dict[str, Any]]) -> dict[str
         for name, values in runs.items()
         for way, more in WAYS.items()
     }
-
-
-def adapter(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "adapter" / "adapter.safetensors")
-
-
-def apart(one: Path, other: Path) -> float:
-    """The largest difference of two adapters, relative above 1 (QAT saves zero points); keys and shapes are equal."""
-    ours, theirs = adapter(one), adapter(other)
-    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
-    assert read_record(one / "adapter")["base"] == read_record(other / "adapter")["base"]
-    pairs = [(ours[key].double(), theirs[key].double()) for key in ours if ours[key].numel()]
-    return max(float(((one - other).abs() / other.abs().clamp(min=1)).max()) for one, other in pairs)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -155,10 +155,18 @@ def writing_task(source: str | Path) -> str:
     return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
 
 
-def outline(source: str | Path, *, progress: Callable[[str], None] | None = None) -> nn.Module:
+def outline(
+    source: str | Path,
+    *,
+    task: str | None = None,
+    outputs: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
     """The model of `source` on the meta device, from its `config.json` alone: every shape, no weight.
 
-    Its class is the one that `load` would take: one that writes where the architecture does, else a classifier.
+    Its class is the one that `load` would take for `task`: without one, a class that writes where the architecture
+    does, else a classifier. A head that gives a number has one output, one that gives classes `outputs`, or as many
+    as the config names.
     """
     from transformers import AutoModel
 
@@ -169,12 +177,16 @@ def outline(source: str | Path, *, progress: Callable[[str], None] | None = None
         config = _config(location, source, hub=directory is None)
         loader = AutoModel
         writes = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
-        for task in (writes, "classify"):
+        for kind in (writes, "classify") if task is None else (task,):
             try:
-                _check_task(config, source, task)
+                _check_task(config, source, kind)
             except UserError:
+                if task is not None:
+                    raise
                 continue
-            loader = getattr(importlib.import_module("transformers"), TASKS[task][0])
+            loader = getattr(importlib.import_module("transformers"), TASKS[kind][0])
+            if kind in _HEADS and (task == "regress" or outputs is not None):
+                config.num_labels = 1 if task == "regress" else outputs
             break
         try:
             from trimtab.models.coded.building import outlined

@@ -26,12 +26,15 @@ def predicted(job: Any) -> dict[str, Any]:
     recipe, length = job.recipe, max(len(row.ids) for row in job.train_rows)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = read_outline(recipe).to(getattr(torch, job.record["model"]["dtype"]))
+            outputs = len(job.train_rows.labels) if job.task == "classify" else None
+            model = read_outline(recipe, job.task, outputs).to(getattr(torch, job.record["model"]["dtype"]))
             bench = prepared(recipe, model, job.task, new_modules_of(model, job.task), length)
             bench.packed, bench.seam, bench.group = job.packing != "off", job.seam, job.group
             counted = dry_run(bench, heaviest(job))
             kind = "cuda" if job.device.type == "cuda" else "cpu"
-            extra = beside(recipe, counted.live, read_outline(recipe), Room("", 0, kind), model_dtype(job))
+            extra = beside(
+                recipe, counted.live, read_outline(recipe, job.task, outputs), Room("", 0, kind), model_dtype(job)
+            )
     except FAILURES as error:
         return {"predicted_bytes": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     parts = {**counted.live, **{name: round(size) for name, size in extra.items()}}

@@ -165,10 +165,14 @@ def settled(recipe: Recipe, fit: Room) -> Recipe:
     return replace(recipe, dtype=str(found).removeprefix("torch."))
 
 
-def read_outline(recipe: Recipe) -> Any:
-    """The model on the meta device, from a directory, a `config.json`, a starter that is here, or a hub id."""
+def read_outline(recipe: Recipe, task: str | None = None, outputs: int | None = None) -> Any:
+    """The model on the meta device, from a directory, a `config.json`, a starter that is here, or a hub id.
+
+    `task` is what it is to do, where the recipe leaves that to the data; `outputs` the number of classes.
+    """
     source = Path(recipe.model)
-    return outline(source.parent if source.name == "config.json" else recipe.model)
+    asked = task or (None if recipe.task == "auto" else recipe.task)
+    return outline(source.parent if source.name == "config.json" else recipe.model, task=asked, outputs=outputs)
 
 
 def task_of(model: Any, recipe: Recipe) -> str:

@@ -131,6 +131,10 @@ class Point:
         """Whether a method decides something by the rows of its own process."""
         return any("distributed" in one.laws or name_of(type(one)) == "auto_prompt" for one in self.methods)
 
+    def measures_again(self) -> bool:
+        """Whether a method measures the frozen weights anew while it trains."""
+        return any(one.statistics is not None and type(one).due is not Method.due for one in self.methods)
+
     def trains_most(self) -> bool:
         """Whether more than half as much trains as is frozen."""
         trained = sum(parameter.numel() for _, parameter in self.trained)
@@ -250,6 +254,13 @@ REFUSALS = (
         "what trains is whole in every process, so hardly anything would be spread",
         "shard: none, or a method that trains less",
         lambda at: at.processes > 1 and at.sharded and at.trains_most(),
+    ),
+    Refusal(
+        "shard",
+        "a method that measures gradients of frozen weights while it trains (fish_dip)",
+        "each process has a part of every weight, and the gradient is of the whole",
+        "shard: none, or a method that measures once before it starts (fish_mask)",
+        lambda at: at.sharded and at.measures_again(),
     ),
 )
 """Every pair that is refused before training, as data: `markdown()` is the table of it."""
