@@ -95,7 +95,8 @@ def recipe_of(cell: dict[str, Any], folder: Path, steps: int) -> Any:
     from trimtab.train.recipe import recipe_from
 
     data = folder / "rows.jsonl"
-    write_rows(data, cell["model"].startswith("minilm"), cell["rows"] * steps + 4, cell["length"])
+    count = max(cell["rows"] * steps + 4, 16)  # of both labels on either side of the split
+    write_rows(data, cell["model"].startswith("minilm"), count, cell["length"])
     values = {
         "model": cell["model"],
         "data": str(data),

@@ -295,7 +295,7 @@ def test_an_unreadable_file_is_one_message(
 def test_a_full_disk_at_the_end_is_one_message_and_leaves_no_adapter(
     trimtab: Run, chat_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trimtab.core.save as saving
+    import trimtab.core.files as saving
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -334,7 +334,7 @@ def test_a_disk_too_full_for_the_plot_costs_only_the_plot(
 def test_a_disk_that_is_full_at_once_leaves_nothing(
     trimtab: Run, chat_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trimtab.core.save as saving
+    import trimtab.core.files as saving
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -70,12 +70,10 @@ def test_a_large_state_is_written_while_the_step_waits(
 def test_a_full_disk_is_told_at_the_next_call_and_leaves_the_last_checkpoint(
     training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors import torch as files
-
     with Writer(tmp_path, 2) as one:
         one.write(*training, 1, {}, {})
         one.wait()
-        monkeypatch.setattr(files, "save_file", failing)
+        monkeypatch.setattr(checkpoint, "write_tensors", failing)
         one.write(*training, 2, {}, {})
         with pytest.raises(UserError, match="No space left on device"):
             one.write(*training, 3, {}, {})
@@ -92,9 +90,7 @@ def failing(*given: Any, **more: Any) -> None:
 def test_the_way_out_ends_the_thread_and_hides_no_error(
     training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors import torch as files
-
-    monkeypatch.setattr(files, "save_file", failing)
+    monkeypatch.setattr(checkpoint, "write_tensors", failing)
     one = Writer(tmp_path, 2)
 
     def loop() -> None:

@@ -120,7 +120,7 @@ def command(
     say(table(result))
     target = Path(output) if output else found.directory / f"eval-{Path(data).stem}.json" if found.directory else None
     if target is not None:
-        from trimtab.core.save import write_together
+        from trimtab.core.files import write_together
 
         content = json.dumps(result | {"answers": answers}, indent=1, ensure_ascii=False) + "\n"
         write_together(target.absolute().parent, {target.name: content.encode()})
@@ -144,7 +144,7 @@ def by_harness(
 ) -> dict[str, Any]:
     """What the LM evaluation harness says of a run or a model."""
     from trimtab.core.attach import activate
-    from trimtab.core.save import write_together
+    from trimtab.core.files import write_together
     from trimtab.evaluate.harness import harness
 
     names = [one.strip() for one in tasks.split(",") if one.strip()]

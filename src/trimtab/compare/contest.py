@@ -19,7 +19,7 @@ from trimtab.compare.statistics import difference
 from trimtab.compare.verdict import standings, verdict
 from trimtab.compare.watcher import Watcher
 from trimtab.core.errors import UserError, listing
-from trimtab.core.save import write_together
+from trimtab.core.files import write_together
 from trimtab.train.rundir import versions
 
 CONTEST, RESULT = "contest.json", "result.json"

@@ -21,13 +21,14 @@ import torch
 from trimtab.compare.setup import PARTS, Entry, Setup, key_of
 from trimtab.core.attach import detach
 from trimtab.core.errors import UserError
+from trimtab.core.files import sha256_of
 from trimtab.data.encode import EncodedSet, inference_prompt
 from trimtab.data.forms import Example, PromptCompletion, detect, examples, take
 from trimtab.data.reading import read
 from trimtab.evaluate.reference import BUILT_IN, NONE, reference_loss
 from trimtab.evaluate.rows import RowScores, each_row
 from trimtab.models.loading import Loaded, load, writing_task
-from trimtab.models.starters import quiet_transformers, sha256_of
+from trimtab.models.starters import quiet_transformers
 from trimtab.train import rundir
 from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter

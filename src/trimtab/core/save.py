@@ -8,9 +8,7 @@ changed then.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,13 @@ from trimtab.core.attach import (
 )
 from trimtab.core.delta import Adapter, Delta, Group, Part, State, build, check_names, require_state, state_of
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.core.files import sha256_of, write_together
 from trimtab.core.format import Format
 from trimtab.core.quantized import Taken, check_modules, same_branch
 from trimtab.core.registry import from_json, name_of, to_json
 from trimtab.core.select import Place
 from trimtab.core.site import OpaqueBase, RawBase, Site
+from trimtab.core.tensor_file import write_tensors
 
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
 VERSION = 1
@@ -58,8 +58,6 @@ def save(
     Both files are complete on disk before either takes its final name, so a full disk or a kill leaves the old ones.
     In a sharded model every process has to call this; tensors are gathered, and the first process writes.
     """
-    from safetensors.torch import save as to_bytes
-
     state = require_state(model, "save")
     check_names(state, [name], "save")
     target = Path(directory)
@@ -68,43 +66,29 @@ def save(
     tensors = {key: whole(value.detach()).cpu().contiguous() for key, value in held.items()}
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return target
-    blob = to_bytes(tensors, metadata={"format": "pt"})
-    record = describe(model, adapter) | {"sha256": hashlib.sha256(blob).hexdigest(), "notes": notes or {}}
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_together(target, {TENSORS: blob, RECORD: text.encode()})
+    write_adapter(target, describe(model, adapter), tensors, notes or {})
     return target
+
+
+def write_adapter(
+    directory: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], notes: Mapping[str, Any]
+) -> None:
+    """Both files of an adapter, or none."""
+    told: dict[str, Any] = {}
+
+    def put_tensors(path: Path) -> None:
+        told["sha256"] = write_tensors(path, tensors, {"format": "pt"})
+
+    def put_record(path: Path) -> None:
+        text = json.dumps({**record, **told, "notes": dict(notes)}, indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+    write_together(directory, {TENSORS: put_tensors, RECORD: put_record})
 
 
 def whole(value: Tensor) -> Tensor:
     """A tensor gathered from the processes it is sharded over, if it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write several files so that all appear or none: temporary names, flushed to disk, then renamed."""
-    made = not directory.exists()
-    pending: list[tuple[Path, Path]] = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            temporary = directory / f".{name}.{os.getpid()}.partial"
-            pending.append((temporary, directory / name))
-            with open(temporary, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        for temporary, final in pending:
-            os.replace(temporary, final)
-    except OSError as error:
-        for temporary, _ in pending:
-            temporary.unlink(missing_ok=True)
-        if made and directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
-        size = sum(map(len, files.values()))
-        raise UserError(
-            f"save: could not write {size:,} bytes to {directory}: {error.strerror or error}",
-            fix="free some space or choose another directory; what was there before is unchanged",
-        ) from None
 
 
 @torch.no_grad()
@@ -350,14 +334,13 @@ def refuse_other_codes(model: nn.Module, wanted: Mapping[str, tuple[Format, list
 def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors file of an adapter, checked against the checksum in its record."""
     from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
+    from safetensors.torch import load_file
 
     path = folder / TENSORS
     try:
-        raw = path.read_bytes()
-        if hashlib.sha256(raw).hexdigest() != record.get("sha256"):
+        if sha256_of(path) != record.get("sha256"):
             raise UserError(f"load: {path} is damaged: its checksum is not the one in {RECORD}")
-        return from_bytes(raw)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"load: {path} cannot be read: {error}") from None
 

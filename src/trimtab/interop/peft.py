@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from trimtab.core.attach import site_at
 from trimtab.core.delta import State
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.core.files import write_together
 from trimtab.core.install import Fields
 from trimtab.core.registry import find, make, name_of
-from trimtab.core.save import plain_class, write_together
+from trimtab.core.save import plain_class
 from trimtab.core.select import Place
+from trimtab.core.tensor_file import write_tensors
 from trimtab.interop import peft_copies, peft_lora, peft_prompts
 from trimtab.interop.peft_table import GROUP, PROMPTS, Layer, Row, Tensors, known_types, refuse, row_for, row_of
 from trimtab.interop.saved import Draft, Saved, SavedPart, SavedSite, assemble, places_by_path
@@ -574,14 +577,12 @@ def common(model: nn.Module, base: str | None) -> dict[str, Any]:
 
 def write_peft(model: nn.Module, saved: Saved, directory: str | Path, *, base: str | None = None) -> Path:
     """Write an adapter of ours as a PEFT directory: both files or none; no tensor stands in it twice."""
-    from safetensors.torch import save as to_bytes
-
     config, tensors = to_peft(model, saved, base=base)
     if "target_modules" in config and config["peft_type"] != "ADAPTION_PROMPT":
         config |= shortened(model, config)
-    blob = to_bytes({key: value.clone() for key, value in tensors.items()}, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_together(Path(directory), {WEIGHTS: blob, CONFIG: text.encode()})
+    weights = partial(write_tensors, tensors=tensors, metadata={"format": "pt"})
+    write_together(Path(directory), {WEIGHTS: weights, CONFIG: text.encode()})
     return Path(directory)
 
 

@@ -41,11 +41,11 @@ class Difference:
 
 def probes(run: Run | None, model: nn.Module, tokenizer: Any, count: int = PROBES) -> tuple[list[list[int]], str]:
     """Token ids to compare on, and what they are: the first rows of the run's data, else random ids."""
+    from trimtab.core.files import sha256_of
     from trimtab.data.encode import encode_all
     from trimtab.data.forms import detect, examples
     from trimtab.data.reading import read
     from trimtab.evaluate.generate import room_of
-    from trimtab.models.starters import sha256_of
 
     longest = min(PROBE_TOKENS, room_of(model) - 1)
     if run is not None and Path(run.recipe.data).is_file():

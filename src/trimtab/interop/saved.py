@@ -6,8 +6,6 @@ Every conversion is a function from one of these to another, or to a foreign fil
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +20,6 @@ from trimtab.core.errors import listing
 from trimtab.core.method import Method
 from trimtab.core.registry import from_json, name_of, to_json
 from trimtab.core.save import (
-    RECORD,
-    TENSORS,
     VERSION,
     adapter_tensors,
     describe,
@@ -32,7 +28,7 @@ from trimtab.core.save import (
     read_record,
     read_tensors,
     whole,
-    write_together,
+    write_adapter,
 )
 from trimtab.core.select import Place, places
 
@@ -114,13 +110,7 @@ def saved_of(model: nn.Module, name: str = "default", *, verb: str = "convert") 
 
 def write_saved(saved: Saved, directory: str | Path) -> Path:
     """Write a saved adapter to a directory, both files or none."""
-    from safetensors.torch import save as to_bytes
-
-    held = {key: value.detach().cpu().clone().contiguous() for key, value in saved.tensors.items()}
-    blob = to_bytes(held, metadata={"format": "pt"})
-    record = saved.record | {"sha256": hashlib.sha256(blob).hexdigest()}
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_together(Path(directory), {TENSORS: blob, RECORD: text.encode()})
+    write_adapter(Path(directory), saved.record, saved.tensors, saved.record.get("notes", {}))
     return Path(directory)
 
 

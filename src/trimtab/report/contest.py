@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.save import write_together
+from trimtab.core.files import write_together
 from trimtab.report.page import document, plot, section, sortable
 from trimtab.report.plots import Plot, plots
 

@@ -41,7 +41,7 @@ def format_of(recipe: Recipe) -> Format | None:
 
 def calibration(directory: Path) -> str:
     """What tells the codes kept in a run from those of another calibration. Error: the run has none."""
-    from trimtab.models.starters import sha256_of
+    from trimtab.core.files import sha256_of
 
     kept = directory / BASE
     if not kept.is_file():

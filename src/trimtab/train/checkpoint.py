@@ -7,7 +7,6 @@ takes its name; a damaged one is passed over for the one before it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.core.files import flush, sha256_of
 from trimtab.core.save import adapter_tensors, overwrite
+from trimtab.core.tensor_file import write_tensors
 from trimtab.engine.ranks import ALONE, Ranks
-from trimtab.models.starters import sha256_of
 
 FOLDER, TENSORS, RECORD = "checkpoints", "state.safetensors", "state.json"
 
@@ -79,42 +79,26 @@ def snapshot(
 
 def store(run: Path, made: Snapshot, keep: int = 2) -> None:
     """Write a snapshot and remove all but the newest `keep` checkpoints; a full disk leaves those that were there."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder = run / FOLDER
     final, pending = folder / f"step-{made.step:08d}", folder / f".step-{made.step:08d}.partial"
     shutil.rmtree(pending, ignore_errors=True)
     try:
         pending.mkdir(parents=True)
-        save_file(unshared(made.tensors), pending / TENSORS)
-        record = made.record | {"sha256": sha256_of(pending / TENSORS)}
+        record = made.record | {"sha256": write_tensors(pending / TENSORS, made.tensors)}
         (pending / RECORD).write_text(json.dumps(record), encoding="utf-8")
         for path in (pending / TENSORS, pending / RECORD, pending):
             flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(pending, final)
         flush(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(pending, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"save: could not write {made.nbytes:,} bytes to {final}: {reason}",
+            f"save: could not write {made.nbytes:,} bytes to {final}: {error.strerror or error}",
             fix="free some space or choose another directory; what was there before is unchanged",
         ) from None
     for old in found(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own: the file format has no two names for one piece."""
-    own, seen = dict[str, Tensor](), set[int]()
-    for key, value in tensors.items():
-        memory = value.untyped_storage()
-        alone = memory.nbytes() == value.nbytes and memory.data_ptr() not in seen
-        own[key] = value if alone else value.clone()
-        seen.add(memory.data_ptr())
-    return own
 
 
 def newest(run: Path, ranks: Ranks = ALONE) -> tuple[Checkpoint | None, list[str]]:
@@ -162,13 +146,12 @@ def newest_here(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def read(folder: Path) -> Checkpoint:
     """One checkpoint; raises ValueError when its content is not what was written."""
-    from safetensors.torch import load as from_bytes
+    from safetensors.torch import load_file
 
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    blob = (folder / TENSORS).read_bytes()
-    if hashlib.sha256(blob).hexdigest() != record["sha256"]:
+    if sha256_of(folder / TENSORS) != record["sha256"]:
         raise ValueError("checksum differs")
-    tensors: dict[str, Any] = from_bytes(blob)
+    tensors: dict[str, Any] = {key: value.clone() for key, value in load_file(folder / TENSORS).items()}
     for key, value in record["optimizer"].items():
         tensors[f"optimizer.{key}"] = value
     return Checkpoint(int(record["step"]), record["counters"], tensors)
@@ -235,13 +218,3 @@ def random_states() -> Iterator[tuple[str, Tensor]]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             yield f"cuda{index}", state
-
-
-def flush(path: Path) -> None:
-    """Have a file, or a directory's entries, on disk, where the system can."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.core.save import write_together
+from trimtab.core.files import write_together
 from trimtab.data.batches import batches
 from trimtab.engine.loss import loss_sum, terms_of
 from trimtab.train import checkpoint

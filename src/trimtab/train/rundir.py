@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.errors import UserError, listing
-from trimtab.core.save import write_together
+from trimtab.core.files import write_together
 from trimtab.train.base import BASE, format_of, quantize_left
 from trimtab.train.recipe import Recipe, recipe_from
 
