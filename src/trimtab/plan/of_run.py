@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from trimtab.core.errors import UserError
 from trimtab.data.batches import batches
 from trimtab.plan.dry_run import dry_run, prepared
 from trimtab.plan.planning import beside, new_modules_of, read_outline
-from trimtab.plan.process import Room
+from trimtab.plan.process import Room, passing
+from trimtab.train.recipe import Recipe
 
 FAILURES = (UserError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError)
 """What a model or method may do on the meta device; a run goes on without its prediction."""
@@ -23,23 +25,29 @@ def predicted(job: Any) -> dict[str, Any]:
     The step is that of the first epoch's heaviest batch. Global random state is left as it was.
     """
     started = time.perf_counter()
-    recipe, length = job.recipe, max(len(row.ids) for row in job.train_rows)
+    recipe, kind = job.recipe, "cuda" if job.device.type == "cuda" else "cpu"
+    outputs = len(job.train_rows.labels) if job.task == "classify" else None
     try:
         with torch.random.fork_rng(devices=[]):
-            outputs = len(job.train_rows.labels) if job.task == "classify" else None
-            model = read_outline(recipe, job.task, outputs).to(getattr(torch, job.record["model"]["dtype"]))
-            bench = prepared(recipe, model, job.task, new_modules_of(model, job.task), length)
-            bench.packed, bench.seam, bench.group = job.packing != "off", job.seam, job.group
-            counted = dry_run(bench, heaviest(job))
-            kind = "cuda" if job.device.type == "cuda" else "cpu"
-            extra = beside(
-                recipe, counted.live, read_outline(recipe, job.task, outputs), Room("", 0, kind), model_dtype(job)
-            )
+            live, through = step_of(job, recipe, outputs), 0
+            if kind == "cpu" and recipe.checkpointing != "off":
+                through = passing(step_of(job, replace(recipe, checkpointing="off"), outputs))
+            blank = read_outline(recipe, job.task, outputs)
+            extra = beside(recipe, live, blank, Room("", 0, kind), model_dtype(job), through)
     except FAILURES as error:
         return {"predicted_bytes": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
-    parts = {**counted.live, **{name: round(size) for name, size in extra.items()}}
+    parts = {**live, **{name: round(size) for name, size in extra.items()}}
     spent = round(time.perf_counter() - started, 3)
     return {"predicted_bytes": sum(parts.values()), "predicted": parts, "seconds": spent}
+
+
+def step_of(job: Any, recipe: Recipe, outputs: int | None) -> dict[str, int]:
+    """Living bytes by category at the highest point of the heaviest step."""
+    model = read_outline(recipe, job.task, outputs).to(model_dtype(job))
+    length = max(len(row.ids) for row in job.train_rows)
+    bench = prepared(recipe, model, job.task, new_modules_of(model, job.task), length)
+    bench.packed, bench.seam, bench.group = job.packing != "off", job.seam, job.group
+    return dry_run(bench, heaviest(job)).live
 
 
 def model_dtype(job: Any) -> torch.dtype:

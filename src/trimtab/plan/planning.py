@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trimtab.engine.checkpointing import stacks_of
 from trimtab.models.loading import DTYPES, outline
 from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of
 from trimtab.plan.formulas import Estimate, Shape, estimate, trains
-from trimtab.plan.process import Room, around, room
+from trimtab.plan.process import Room, around, passing, room
 from trimtab.train.base import format_of
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.run import placed_parts
@@ -107,7 +108,22 @@ def plan_of(recipe: Recipe, *, fit: Room | None = None, completions: float = 1.0
         raise UserError(f"plan: neither way knows {recipe.method} on {recipe.model}: {reasons}")
     values = trained_of(recipe, read_outline(recipe), task) if counted is None else counted.trained
     saved = 4 * values
-    return whole(recipe, live, dry, formula, second, fit, values, saved, flops, length, notes, started)
+    through = passing(live)
+    if fit.kind == "cpu" and recipe.checkpointing != "off":
+        through = passing_without(recipe, task, length, completions)
+    return whole(recipe, live, dry, formula, second, fit, values, saved, through, flops, length, notes, started)
+
+
+def passing_without(recipe: Recipe, task: str, length: int, completions: float) -> int:
+    """Bytes that come and go in the step of a recipe if nothing is computed again; 0 where neither way knows."""
+    plain = replace(recipe, checkpointing="off")
+    model = read_outline(plain)
+    try:
+        return passing(counts(plain, model, task, length, completions, vocabulary_of(model)).live)
+    except (UserError, RuntimeError, NotImplementedError, TypeError, ValueError):
+        with suppress(UserError):
+            return passing(by_formula(plain, read_outline(plain), task, length, completions).live)
+        return 0
 
 
 def whole(
@@ -119,13 +135,14 @@ def whole(
     fit: Room,
     values: int,
     saved: int,
+    through: int,
     flops: float,
     length: int,
     notes: Sequence[str],
     started: float,
 ) -> Plan:
     """A plan from what the two ways came to."""
-    extra = beside(recipe, live, model, fit, DTYPES[recipe.dtype])
+    extra = beside(recipe, live, model, fit, DTYPES[recipe.dtype], through)
     memory = {**live, **{name: round(size) for name, size in extra.items()}}
     peak = sum(memory.values())
     step = sum(live.values())
@@ -291,8 +308,10 @@ def extended(low: Counted, high: Counted, times: float) -> Counted:
     return replace(high, points=tuple(points), **more)
 
 
-def beside(recipe: Recipe, live: dict[str, int], model: Any, fit: Room, dtype: torch.dtype) -> dict[str, float]:
-    """What the process holds beside the step's tensors."""
+def beside(
+    recipe: Recipe, live: dict[str, int], model: Any, fit: Room, dtype: torch.dtype, through: int = 0
+) -> dict[str, float]:
+    """What the process holds beside the step's tensors; `through` is what passes in a step without checkpointing."""
     value, stored = dtype.itemsize, stored_as(model).itemsize
     mapped = 0.0
     if recipe.quantize:
@@ -301,7 +320,7 @@ def beside(recipe: Recipe, live: dict[str, int], model: Any, fit: Room, dtype: t
     table = model.get_input_embeddings()
     if value == stored and table is not None and (head is None or head.weight is not table.weight):
         mapped -= value * table.weight.numel() * UNREAD
-    extra = around(live, fit.kind, vocabulary_of(model), mapped, coded=bool(recipe.quantize))
+    extra = around(live, fit.kind, vocabulary_of(model), mapped, bool(recipe.quantize), through)
     if fit.kind == "cpu" and value != stored and recipe.shard == "none":
         both = (value + stored) * sum(one.numel() for one in model.parameters())
         extra["loading"] = max(0.0, extra["process"] + both - sum(live.values()) - sum(extra.values()))

@@ -7,6 +7,7 @@ them anew). On CUDA the context, its libraries and the allocator's rounding take
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trimtab.core.errors import UserError, nearest
@@ -17,7 +18,8 @@ TOKEN = 2.4e3
 """Bytes of a tokenizer per token of its vocabulary."""
 HOLES, HALF = 0.6, 900e6
 """Of what comes and goes in a step, x bytes, glibc cannot use HOLES·x²/(x + HALF) again at the highest point: heaps
-of small steps have few holes, those of large ones many. Fitted to SmolLM2 with LoRA from 64 to 2,048 tokens."""
+of small steps have few holes, those of large ones many. Fitted to SmolLM2 with LoRA from 64 to 2,048 tokens. With
+gradient checkpointing less is held at once, but as much passes, and x is that."""
 MOST = 1e9
 """The most of it: larger steps are made of tensors that are mapped one by one. Assumed; 0.7e9 is the most seen."""
 CODED = 120e6
@@ -61,16 +63,29 @@ class Room:
     """cpu or cuda: what is added to a step's own bytes."""
 
 
-def around(live: dict[str, int], kind: str, vocabulary: int, mapped: float, coded: bool) -> dict[str, float]:
+PASSING = ("gradients", "activations", "logits", "temporary")
+"""Categories of what comes and goes in a step."""
+
+
+def passing(live: Mapping[str, int]) -> int:
+    """Bytes of what comes and goes in a step, at its highest point."""
+    return sum(live[name] for name in PASSING)
+
+
+def around(
+    live: dict[str, int], kind: str, vocabulary: int, mapped: float, coded: bool, through: int = 0
+) -> dict[str, float]:
     """Bytes beside living tensors: of the process itself, and of allocator and kernels.
+
+    `through` is what would come and go without gradient checkpointing, where that is more.
 
     `mapped` is what a file of weights that stays mapped adds: weights that were read and encoded count as resident
     until the system needs their memory, and rows of an embedding that no token reads never do (negative).
     """
-    passing = sum(live[name] for name in ("gradients", "activations", "logits", "temporary"))
     if kind == "cuda":
         return {"process": CONTEXT, "allocator": ROUNDING * sum(live.values())}
-    holes = min(HOLES * passing**2 / (passing + HALF), MOST)
+    x = max(passing(live), through)
+    holes = min(HOLES * x**2 / (x + HALF), MOST)
     return {"process": BASE + TOKEN * vocabulary, "allocator": holes + CODED * coded, "file": mapped}
 
 
