@@ -9,7 +9,9 @@ do not overlap, each predicted from its own beginning; the linear layers of the 
 of `--groups` inputs (0: one group per output). GPTQ is calibrated on `--calibration` windows of the training text.
 
 `tuned`: the same model tuned on PTB for `--steps` steps and measured on PTB test: PEQA, LoRA over rounded weights,
-LoRA over GPTQ, and quantization-aware training (LSQ), one group per output, beside the figures published for PEQA.
+LoRA over GPTQ, and quantization-aware training (LSQ), one group per output, beside the figures published for PEQA. The
+learning rate of each is that of the lowest perplexity on `--choosing` windows split off the training text, after a
+third of the steps, among a quarter, once and four times a usual one and up to two further ones beyond the outermost.
 
 Every row is written to `benchmarks/results/quantized.json` when it is done; rows that are there with the same settings
 are not run again.
@@ -18,6 +20,7 @@ are not run again.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -40,7 +43,9 @@ PUBLISHED = {
     "LoRA + OPTQ": {"4": 7.13, "3": 19.47},
     "PEQA": {"4": 5.84, "3": 6.19},
 }
-RATES = {"peqa": 1e-3, "lora over rounded": 5e-4, "lora over gptq": 5e-4, "qat": 2e-5}
+RATES = {"peqa": 1e-3, "lora over rounded": 1e-3, "lora over gptq": 1e-3, "qat": 1e-4}
+FACTORS, BEYOND = (0.25, 1.0, 4.0), {0.25: 1 / 16, 1 / 16: 1 / 64, 4.0: 16.0, 16.0: 64.0}
+"""Times those rates, and what is tried next where a factor is the outermost and the best."""
 
 
 def fresh() -> Any:
@@ -106,15 +111,33 @@ def stored(model: Any) -> float:
     return 8 * sum(code.nbytes for code in codes) / sum(code.shape[0] * code.shape[1] for code in codes)
 
 
-def prepared(how: str, bits: int, rows: torch.Tensor) -> Any:
-    """A model ready to be tuned."""
+def attached(how: str, bits: int, base: Any) -> Any:
+    """A copy of a dense or coded model, ready to be tuned."""
+    model = copy.deepcopy(base)
     if how == "qat":
-        model, _ = fresh()
         tt.attach(model, tt.LSQ(code_bits=bits), where="all-linear")
-        return model
-    model, _ = coded("gptq" if how.endswith("gptq") else "rounded", bits, None, rows)
-    tt.attach(model, tt.PEQA() if how == "peqa" else tt.LoRA(rank=4), where="all-linear" if how == "peqa" else "q, v")
+    elif how == "peqa":
+        tt.attach(model, tt.PEQA(), where="all-linear")
+    else:
+        tt.attach(model, tt.LoRA(rank=4), where="q, v")
     return model
+
+
+def chosen(how: str, bits: int, base: Any, train: Any, apart: Any, asked: argparse.Namespace) -> dict[float, float]:
+    """Perplexity on windows apart by learning rate, best first, after a third of the steps."""
+    tried: dict[float, float] = {}
+    short = argparse.Namespace(**{**vars(asked), "steps": asked.steps // 3})
+    following: list[float] = list(FACTORS)
+    while following:
+        factor = following.pop(0)
+        model = attached(how, bits, base)
+        retrain(model, train, short, RATES[how] * factor)
+        tried[factor] = perplexity(model, apart)
+        print(f"  x{factor:g}: {tried[factor]:.3f}", flush=True)
+        best = min(tried, key=lambda one: tried[one])
+        if not following and best in (min(tried), max(tried)) and len(tried) < len(FACTORS) + 2 and best in BEYOND:
+            following = [BEYOND[best]]
+    return {RATES[how] * one: tried[one] for one in sorted(tried, key=lambda one: tried[one])}
 
 
 def tuned(asked: argparse.Namespace, results: Results) -> None:
@@ -122,17 +145,21 @@ def tuned(asked: argparse.Namespace, results: Results) -> None:
     model, tokenizer = fresh()
     folder = asked.data / "ptb"
     test = windows(tokenizer, folder / "ptb.test.txt", asked.length, asked.eval_tokens)
-    train = windows(tokenizer, folder / "ptb.train.txt", asked.length, 400_000)
+    every = windows(tokenizer, folder / "ptb.train.txt", asked.length, 400_000)
+    train, apart = every[: -asked.choosing], every[-asked.choosing :]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(asked.seed))
     if results.wants("ptb dense, not tuned"):
         results.add("ptb dense, not tuned", {"perplexity": perplexity(model, test)})
     del model
     for bits in asked.bits:
-        for how, rate in RATES.items():
+        for how in RATES:
             name = f"ptb {bits} bits, {how}"
             if not results.wants(name):
                 continue
-            model = prepared(how, bits, train[order[: asked.calibration]])
+            kind = "dense" if how == "qat" else "gptq" if how.endswith("gptq") else "rounded"
+            base, _ = coded(kind, bits, None, train[order[: asked.calibration]])
+            tried = chosen(how, bits, base, train, apart, asked)
+            model, rate = attached(how, bits, base), next(iter(tried))
             before = perplexity(model, test)
             print(f"  before {before:.2f}", flush=True)
             trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -140,8 +167,8 @@ def tuned(asked: argparse.Namespace, results: Results) -> None:
             if how in ("peqa", "qat"):
                 tt.merge(model)
             found = {"before": before, "perplexity": perplexity(model, test), "trained": trained}
-            results.add(name, found | {"learning_rate": rate, "seconds": seconds})
-            del model
+            results.add(name, found | {"learning_rate": rate, "rates_tried": tried, "seconds": seconds})
+            del model, base
 
 
 class Results:
@@ -149,7 +176,7 @@ class Results:
 
     def __init__(self, asked: argparse.Namespace) -> None:
         self.rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-        skipped = ("data", "part", "bits", "groups")
+        skipped = ("data", "part", "bits", "groups", *(() if asked.part == "tuned" else ("choosing",)))
         self.settings = {key: value for key, value in vars(asked).items() if key not in skipped}
         self.conditions = self.settings | {
             "model": MODEL,
@@ -193,6 +220,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=32, help="windows that GPTQ is calibrated on")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--choosing", type=int, default=12, help="windows that the learning rate is chosen on")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     {"wikitext": wikitext, "tuned": tuned}[asked.part](asked, Results(asked))

@@ -30,8 +30,9 @@ def predicted(job: Any) -> dict[str, Any]:
     try:
         with torch.random.fork_rng(devices=[]):
             live, through = step_of(job, recipe, outputs), 0
-            if kind == "cpu" and recipe.checkpointing != "off":
-                through = passing(step_of(job, replace(recipe, checkpointing="off"), outputs))
+            plain = replace(recipe, checkpointing="off", active=None)
+            if kind == "cpu" and plain != recipe:
+                through = passing(step_of(job, plain, outputs))
             blank = read_outline(recipe, job.task, outputs)
             extra = beside(recipe, live, blank, Room("", 0, kind), model_dtype(job), through)
     except FAILURES as error:

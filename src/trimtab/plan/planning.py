@@ -108,15 +108,14 @@ def plan_of(recipe: Recipe, *, fit: Room | None = None, completions: float = 1.0
         raise UserError(f"plan: neither way knows {recipe.method} on {recipe.model}: {reasons}")
     values = trained_of(recipe, read_outline(recipe), task) if counted is None else counted.trained
     saved = 4 * values
-    through = passing(live)
-    if fit.kind == "cpu" and recipe.checkpointing != "off":
-        through = passing_without(recipe, task, length, completions)
+    through, plain = passing(live), replace(recipe, checkpointing="off", active=None)
+    if fit.kind == "cpu" and plain != recipe:
+        through = passing_all(plain, task, length, completions)
     return whole(recipe, live, dry, formula, second, fit, values, saved, through, flops, length, notes, started)
 
 
-def passing_without(recipe: Recipe, task: str, length: int, completions: float) -> int:
-    """Bytes that come and go in the step of a recipe if nothing is computed again; 0 where neither way knows."""
-    plain = replace(recipe, checkpointing="off")
+def passing_all(plain: Recipe, task: str, length: int, completions: float) -> int:
+    """Bytes that come and go in a step where nothing is left out or made again; 0 where neither way knows."""
     model = read_outline(plain)
     try:
         return passing(counts(plain, model, task, length, completions, vocabulary_of(model)).live)

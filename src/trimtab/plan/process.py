@@ -18,8 +18,8 @@ TOKEN = 2.4e3
 """Bytes of a tokenizer per token of its vocabulary."""
 HOLES, HALF = 0.6, 900e6
 """Of what comes and goes in a step, x bytes, glibc cannot use HOLES·x²/(x + HALF) again at the highest point: heaps
-of small steps have few holes, those of large ones many. Fitted to SmolLM2 with LoRA from 64 to 2,048 tokens. With
-gradient checkpointing less is held at once, but as much passes, and x is that."""
+of small steps have few holes, those of large ones many. Fitted to SmolLM2 with LoRA from 64 to 2,048 tokens. Where
+activations are computed again, or layers take turns in training, less is held at once but as much passes: x is that."""
 MOST = 1e9
 """The most of it: larger steps are made of tensors that are mapped one by one. Assumed; 0.7e9 is the most seen."""
 CODED = 120e6
@@ -77,7 +77,7 @@ def around(
 ) -> dict[str, float]:
     """Bytes beside living tensors: of the process itself, and of allocator and kernels.
 
-    `through` is what would come and go without gradient checkpointing, where that is more.
+    `through` is what would come and go without checkpointing and with all layers in training, where that is more.
 
     `mapped` is what a file of weights that stays mapped adds: weights that were read and encoded count as resident
     until the system needs their memory, and rows of an embedding that no token reads never do (negative).
