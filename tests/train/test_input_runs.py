@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,28 @@ def test_a_search_from_the_command_never_raises_its_loss_and_shows_its_words(
     words = tokenizer.decode(lines[-1]["tokens"])
     assert found["notes"]["prompt"] == words
     assert repr(words) in text({"kind": "adapter", "adapter": found}, [])
+
+
+def test_a_stopped_search_goes_on_to_the_same_prompt(model: Path, rows: Path, tmp_path: Path) -> None:
+    asked = recipe(model, rows, "auto_prompt", candidates=6, steps=6)
+    tune(replace(asked, output=str(tmp_path / "whole")))
+
+    class Stopping(Reporter):
+        def step(self, metrics: Any) -> None:
+            if metrics["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="stopped after step 3 of 6; trimtab tune --resume"):
+        tune(replace(asked, output=str(tmp_path / "stopped")), Stopping())
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == 3
+    metrics.write_text(metrics.read_text() + '{"step": 4, "lo')  # as a kill leaves it
+    resume(tmp_path / "stopped")
+    both = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "stopped")
+    ]
+    assert [line["tokens"] for line in both[0]] == [line["tokens"] for line in both[1]]
+    assert [line["loss"] for line in both[0]] == [line["loss"] for line in both[1]]
+    ours, theirs = ((tmp_path / name / "adapter" / "adapter.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert ours == theirs

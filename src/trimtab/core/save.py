@@ -340,7 +340,7 @@ def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         if sha256_of(path) != record.get("sha256"):
             raise UserError(f"load: {path} is damaged: its checksum is not the one in {RECORD}")
-        return load_file(path)
+        return {key: value.clone() for key, value in load_file(path).items()}  # aligned, and no longer the file's pages
     except (OSError, SafetensorError) as error:
         raise UserError(f"load: {path} cannot be read: {error}") from None
 

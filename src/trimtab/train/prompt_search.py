@@ -21,6 +21,7 @@ from trimtab.core.select import Place
 from trimtab.data.batches import batches
 from trimtab.engine.loss import loss_sum, terms_of
 from trimtab.train import rundir
+from trimtab.train.interrupt import Interrupt, Stopped
 
 if TYPE_CHECKING:
     from trimtab.train.reporter import Reporter
@@ -34,6 +35,8 @@ class Tried:
     before: float
     after: float
     tokens: tuple[int, ...]
+    choice: tuple[int, int, int]
+    """Which site, which place of its trigger, and the token that stands there now."""
 
 
 def is_searched(method: Method) -> bool:
@@ -68,15 +71,30 @@ def tries(
     banned: Sequence[int],
     seed: int,
     name: str = "default",
+    made: Sequence[Sequence[int]] = (),
 ) -> Iterator[Tried]:
-    """One step of the search for every pair of batches: one for the gradient, one to decide on."""
+    """One step of the search for every pair of batches: one for the gradient, one to decide on.
+
+    `made` are the choices of earlier steps, which are taken as they are; `pairs` are those of the steps after them.
+    """
     sites = list(sites_of(model, name))
     draw = torch.Generator().manual_seed(seed)
+
+    def drawn() -> tuple[int, int]:
+        site = int(torch.randint(len(sites), (), generator=draw))
+        return site, int(torch.randint(sites[site][2].length, (), generator=draw))
+
+    for site, at, token in made:
+        if drawn() != (site, at):
+            raise UserError("search_prompt: the steps made so far are those of another search", fix="begin it anew")
+        place, delta, _ = sites[site]
+        with torch.no_grad():
+            put(delta, frozen_base(model.get_submodule(place.module), place), at, token)
     for gradient_batch, judging_batch in pairs:
         model.zero_grad()
         loss(model, gradient_batch).backward()
-        place, delta, method = sites[int(torch.randint(len(sites), (), generator=draw))]
-        at = int(torch.randint(method.length, (), generator=draw))
+        site, at = drawn()
+        place, delta, method = sites[site]
         base = frozen_base(model.get_submodule(place.module), place)
         with torch.no_grad():
             W = base.weight
@@ -90,7 +108,7 @@ def tries(
                     after, chosen = found, token
             put(delta, base, at, chosen)
         model.zero_grad()
-        yield Tried(before, after, tuple(delta.t.tolist()))
+        yield Tried(before, after, tuple(delta.t.tolist()), (site, at, chosen))
 
 
 def sites_of(model: nn.Module, name: str) -> Iterator[tuple[Place, Any, Any]]:
@@ -114,13 +132,16 @@ def put(delta: Any, base: Any, at: int, token: int) -> None:
 
 
 def search(job: Job, tell: Reporter) -> list[dict[str, Any]]:
-    """The search in a run, in place of `trimtab.train.run.train`; one that was stopped begins anew."""
+    """The search in a run, in place of `trimtab.train.run.train`; one that was stopped goes on from its own metrics."""
     recipe, model = job.recipe, job.model
-    lines: list[dict[str, Any]] = []
     rows_per_step = recipe.batch_size * recipe.accumulation
+    lines = rundir.cut_metrics(job.directory)
+    begun = len(lines)
+    if lines:
+        tell.note(f"going on after step {begun} of {job.steps}")
 
     def chosen() -> Iterator[Any]:
-        for step in range(job.steps + 1):
+        for step in range(begun, job.steps + 1):
             epoch, at = divmod(step, job.steps_per_epoch)
             yield job.batch(batches(job.train_rows, rows_per_step, recipe.seed, epoch)[at])
 
@@ -135,13 +156,14 @@ def search(job: Job, tell: Reporter) -> list[dict[str, Any]]:
         return loss_sum(model, batch, job.task)[0] / terms_of(batch)
 
     model.eval()  # the same loss for the same tokens
-    rundir.cut_metrics(job.directory, 0)
-    tell.start(job.steps, job.steps * rows_per_step, done=(0, 0))
-    started = time.perf_counter()
+    tell.start(job.steps, job.steps * rows_per_step, done=(begun, begun * rows_per_step))
+    started, before = time.perf_counter(), lines[-1]["seconds"] if lines else 0.0
     banned = getattr(job.tokenizer, "all_special_ids", ())
-    with open(job.directory / rundir.METRICS, "a", encoding="utf-8") as log:
-        for step, tried in enumerate(tries(model, pairs(), loss, banned, recipe.seed), 1):
-            seconds, rows = time.perf_counter() - started, step * rows_per_step
+    made = [line["choice"] for line in lines]
+    with open(job.directory / rundir.METRICS, "a", encoding="utf-8") as log, Interrupt() as interrupt:
+        found = tries(model, pairs(), loss, banned, recipe.seed, made=made)
+        for step, tried in enumerate(found, begun + 1):
+            seconds, rows = before + time.perf_counter() - started, step * rows_per_step
             line = {
                 "step": step,
                 "epoch": round(step / job.steps_per_epoch, 4),
@@ -153,11 +175,14 @@ def search(job: Job, tell: Reporter) -> list[dict[str, Any]]:
                 "rows_per_second": round(rows / seconds, 3),
                 "loss_before": tried.before,
                 "tokens": list(tried.tokens),
+                "choice": list(tried.choice),
             }
             lines.append(line)
             log.write(json.dumps(line) + "\n")
             log.flush()
             tell.step(line)
+            if interrupt.asked and step < job.steps:
+                raise Stopped(f"stopped after step {step} of {job.steps}; trimtab tune --resume {job.directory}")
     job.record["kept_step"] = len(lines)
     return lines
 

@@ -92,9 +92,7 @@ def open_run(directory: str | Path) -> Run:
     try:
         recipe = recipe_from(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        path = folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        metrics = [json.loads(line) for line in lines if line.strip()]
+        metrics = metrics_of(folder)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder} cannot be read as a run: {error}") from None
     return Run(folder, recipe, record, metrics)
@@ -149,13 +147,16 @@ def write_start(directory: Path, recipe: Recipe, record: Mapping[str, Any]) -> N
     write_together(directory, {RECIPE: text.encode(), RECORD: as_json(record)})
 
 
-def cut_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the lines of `metrics.jsonl` up to a step, in the file too, and return them."""
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last one that a kill or a full disk cut short is left out."""
     path = directory / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = []
-    for line in lines[:step]:
-        kept.append(json.loads(line))
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+
+
+def cut_metrics(directory: Path, step: int | None = None) -> list[dict[str, Any]]:
+    """Keep the lines of `metrics.jsonl` up to a step, or all whole ones, in the file too, and return them."""
+    kept = metrics_of(directory)[:step]
     write_together(directory, {METRICS: "".join(json.dumps(line) + "\n" for line in kept).encode()})
     return kept
 
