@@ -106,6 +106,18 @@ class Activity:
                 p.grad = None
             p.requires_grad_(trains)
 
+    def heaviest(self, steps: int | None = None) -> int:
+        """The step, of so many (None: of two rounds), that needs most memory: its backward reaches lowest."""
+        every = self.schedule.every
+        turns = range(0, min(steps or 2 * every * (self.layers + 1), 2 * every * (self.layers + 1)), every)
+
+        def depth(step: int) -> tuple[int, int]:
+            members = self.on(step)
+            lowest = min((one.layer for one in members), default=self.layers)
+            return lowest, -sum(one.parameter.numel() for one in members)
+
+        return min(turns, key=depth)
+
     def state_bytes(self, step: int, rule: Transform) -> int:
         """Bytes of optimizer state at a step, by the formula of the rule: that of the parameters which train."""
         return sum(rule.state_bytes(member.parameter.shape) for member in self.on(step))

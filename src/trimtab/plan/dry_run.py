@@ -230,7 +230,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
             stack.callback(handle.remove)
         stack.enter_context(loss_named(live))
         if activity is not None:
-            activity.at(0)
+            activity.at(activity.heaviest(recipe.steps))
         optimizer.begin()
         live.forget_peak()
         with live.during("activations"):

@@ -25,7 +25,7 @@ def predicted(job: Any) -> dict[str, Any]:
     The step is that of the first epoch's heaviest batch. Global random state is left as it was.
     """
     started = time.perf_counter()
-    recipe, kind = job.recipe, "cuda" if job.device.type == "cuda" else "cpu"
+    recipe, kind = replace(job.recipe, steps=job.steps), "cuda" if job.device.type == "cuda" else "cpu"
     outputs = len(job.train_rows.labels) if job.task == "classify" else None
     try:
         with torch.random.fork_rng(devices=[]):
