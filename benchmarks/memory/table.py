@@ -1,13 +1,15 @@
 """Peak memory of a training step: measured by category and as a process, beside what was predicted.
 
     python benchmarks/memory/table.py [--models smollm2-135m-instruct,minilm-l6] [--methods 'lora;full'] [--points 8x64]
-                                      [--no-lengths] [--steps 3] [--again] [--out benchmarks/results/memory.json]
+                                      [--no-lengths] [--steps 3] [--again] [--predict]
+                                      [--out benchmarks/results/memory.json]
 
 Every cell is two processes of their own: one runs `tune` and reports its peak resident set, one runs the same steps
 under `trimtab.plan.live.Live`, which counts living tensors by category. Rows are made of common words, all of one
 length, and a point that is longer than a model reads has as many tokens in more rows. fp32 throughout. LISA and BAdam
 change what trains at every second step, so that both a state and a switch are in the three. A cell that is
-in the result file already is not run again, nor one that is refused (with `--again` it is); one that failed is.
+in the result file already is not run again, nor one that is refused (with `--again` it is); one that failed is. With
+`--predict` nothing is measured: what is on file stays, and is predicted anew by the code as it is.
 Writes the JSON and, beside it, a Markdown table with the sign of every error, each as a whole or not at all.
 """
 
@@ -121,6 +123,16 @@ def as_process(cell: dict[str, Any], steps: int) -> dict[str, Any]:
         return {"memory": tune(recipe_of(cell, Path(folder), steps)).record["memory"]}
 
 
+def foretold(cell: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What is predicted for the process now."""
+    from trimtab.plan.of_run import predicted
+    from trimtab.train.reporter import Reporter
+    from trimtab.train.run import prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        return predicted(prepare(recipe_of(cell, Path(folder), steps), Reporter()))
+
+
 def by_category(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     """Living tensors of real steps by category, at the highest point after the first step."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -224,6 +236,7 @@ def main() -> None:
     reader.add_argument("--no-lengths", action="store_true")
     reader.add_argument("--steps", type=int, default=3)
     reader.add_argument("--again", action="store_true", help="try cells once more that were refused")
+    reader.add_argument("--predict", action="store_true", help="predict anew what is on file, measure nothing")
     reader.add_argument("--out", type=Path, default=RESULTS / "memory.json")
     reader.add_argument("--cell", help=argparse.SUPPRESS)
     reader.add_argument("--kind", help=argparse.SUPPRESS)
@@ -243,10 +256,14 @@ def main() -> None:
     if asked.out.is_file():
         results = json.loads(asked.out.read_text(encoding="utf-8"))
     for cell in cells(asked.models.split(","), methods, points, not asked.no_lengths):
-        if is_done(results["cells"].get(key_of(cell)), asked.again):
+        known = results["cells"].get(key_of(cell))
+        if asked.predict and known is not None and "memory" in known:
+            known["memory"] |= foretold(cell, asked.steps)
+        elif asked.predict or is_done(known, asked.again):
             continue
         print(key_of(cell), flush=True)
-        results["cells"][key_of(cell)] = measured(cell, asked.steps)
+        if not asked.predict:
+            results["cells"][key_of(cell)] = measured(cell, asked.steps)
         write(asked.out, json.dumps(results, indent=1) + "\n")
         write(asked.out.with_suffix(".md"), markdown(results))
 

@@ -12,6 +12,7 @@ from tests.cli.conftest import WORDS, save_model, write_rows
 from trimtab.core.errors import UserError
 from trimtab.models.loading import outline
 from trimtab.plan.of_run import predicted
+from trimtab.plan.planning import unread
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
 from trimtab.train.run import prepare
@@ -41,3 +42,11 @@ def test_an_outline_refuses_what_the_model_cannot_do(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", chat=False, architecture="bert")
     with pytest.raises(UserError, match="seq2seq"):
         outline(model, task="seq2seq")
+
+
+def test_what_an_embedding_leaves_on_disk() -> None:
+    assert unread(None, 1536, 30522) == 0.9
+    assert unread([], 1536, 30522) == 1.0
+    assert unread([0, 1, 2], 1536, 30522) == pytest.approx(1 - 65536 / (1536 * 30522))
+    assert unread([42], 1536, 30522) == pytest.approx(1 - 2 * 65536 / (1536 * 30522))  # its row lies over a border
+    assert unread(range(30522), 1536, 30522) == 0.0

@@ -34,7 +34,7 @@ def predicted(job: Any) -> dict[str, Any]:
             if kind == "cpu" and plain != recipe:
                 through = passing(step_of(job, plain, outputs))
             blank = read_outline(recipe, job.task, outputs)
-            extra = beside(recipe, live, blank, Room("", 0, kind), model_dtype(job), through)
+            extra = beside(recipe, live, blank, Room("", 0, kind), model_dtype(job), through, tokens_of(job))
     except FAILURES as error:
         return {"predicted_bytes": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     parts = {**live, **{name: round(size) for name, size in extra.items()}}
@@ -49,6 +49,11 @@ def step_of(job: Any, recipe: Recipe, outputs: int | None) -> dict[str, int]:
     bench = prepared(recipe, model, job.task, new_modules_of(model, job.task), length)
     bench.packed, bench.seam, bench.group = job.packing != "off", job.seam, job.group
     return dry_run(bench, heaviest(job)).live
+
+
+def tokens_of(job: Any) -> set[int]:
+    """The ids that the rows of a run hold."""
+    return {token for rows in (job.train_rows, job.heldout_rows) for row in rows for token in row.ids}
 
 
 def model_dtype(job: Any) -> torch.dtype:

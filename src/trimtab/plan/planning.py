@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +30,8 @@ DEEP = 28
 DEPTHS = (6, 12)
 UNREAD = 0.9
 """Share of an embedding's rows that a short run never reads: assumed; it is in no other memory of the process."""
+WINDOW = 1 << 16
+"""Bytes that Linux maps around a page of a file that is touched (its fault_around_bytes)."""
 READING = 1e9
 """Bytes a second at which a saved adapter is read from disk and put in place: assumed, and stated as such."""
 
@@ -308,9 +310,19 @@ def extended(low: Counted, high: Counted, times: float) -> Counted:
 
 
 def beside(
-    recipe: Recipe, live: dict[str, int], model: Any, fit: Room, dtype: torch.dtype, through: int = 0
+    recipe: Recipe,
+    live: dict[str, int],
+    model: Any,
+    fit: Room,
+    dtype: torch.dtype,
+    through: int = 0,
+    tokens: Collection[int] | None = None,
 ) -> dict[str, float]:
-    """What the process holds beside the step's tensors; `through` is what passes in a step without checkpointing."""
+    """What the process holds beside the step's tensors.
+
+    `through` is what passes in a step without checkpointing, `tokens` are the ids that the rows hold, where that is
+    known.
+    """
     value, stored = dtype.itemsize, stored_as(model).itemsize
     mapped = 0.0
     if recipe.quantize:
@@ -318,12 +330,20 @@ def beside(
     head = getattr(model, "get_output_embeddings", lambda: None)()
     table = model.get_input_embeddings()
     if value == stored and table is not None and (head is None or head.weight is not table.weight):
-        mapped -= value * table.weight.numel() * UNREAD
+        mapped -= value * table.weight.numel() * unread(tokens, value * table.weight.shape[1], len(table.weight))
     extra = around(live, fit.kind, vocabulary_of(model), mapped, bool(recipe.quantize), through)
     if fit.kind == "cpu" and value != stored and recipe.shard == "none":
         both = (value + stored) * sum(one.numel() for one in model.parameters())
         extra["loading"] = max(0.0, extra["process"] + both - sum(live.values()) - sum(extra.values()))
     return extra
+
+
+def unread(tokens: Collection[int] | None, row: int, rows: int) -> float:
+    """The share of a mapped embedding that stays on disk: the system maps `WINDOW` bytes around a row that is read."""
+    if tokens is None:
+        return UNREAD
+    windows = {at for token in tokens for at in (token * row // WINDOW, (token * row + row - 1) // WINDOW)}
+    return max(0.0, 1 - len(windows) / (row * rows / WINDOW))
 
 
 def stored_as(model: Any) -> torch.dtype:
