@@ -50,6 +50,16 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old", "b": b"old"}
 
 
+def test_what_has_no_name_in_the_format_leaves_nothing_behind(tmp_path: Path) -> None:
+    def strange(path: Path) -> None:
+        path.write_bytes(b"begun")
+        write_tensors(path, {"x": torch.zeros(2, dtype=torch.complex128)})
+
+    with pytest.raises(UserError, match=r"cannot hold torch\.complex128"):
+        write_together(tmp_path / "new", {"a": strange})
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_writing_holds_nothing_twice(tmp_path: Path) -> None:
     program = (

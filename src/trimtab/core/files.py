@@ -34,14 +34,15 @@ def write_together(directory: Path, files: Mapping[str, Content]) -> None:
         for temporary, final in pending:
             os.replace(temporary, final)
     except OSError as error:
-        for temporary, _ in pending:
-            temporary.unlink(missing_ok=True)
-        if made and directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
         raise UserError(
             f"save: could not write {', '.join(files)} to {directory}: {error.strerror or error}",
             fix="free some space or choose another directory; what was there before is unchanged",
         ) from None
+    finally:
+        for temporary, _ in pending:  # those that are still there
+            temporary.unlink(missing_ok=True)
+        if made and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def sha256_of(path: Path) -> str:

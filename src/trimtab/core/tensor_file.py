@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.core.errors import UserError
+
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
@@ -24,8 +26,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file, one tensor after the other, and return its sha256 as 64 hexadecimal digits.
 
     A tensor on another device, or one that is not contiguous, is copied for as long as it is being written; nothing
-    else is held twice. Two names for one piece of memory are written twice. Raises OSError.
+    else is held twice. Two names for one piece of memory are written twice. Errors: a type the format has no name for;
+    OSError from the system.
     """
+    strange = sorted({str(one.dtype) for one in tensors.values() if one.dtype not in DTYPES})
+    if strange:
+        raise UserError(f"save: a safetensors file cannot hold {', '.join(strange)}", fix="a type such as float32")
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # every tensor starts aligned
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
