@@ -213,6 +213,7 @@ def markdown(results: dict[str, Any]) -> str:
         more.append(f"{name} {values} | {whole / 1e6:,.1f} | {foretold / 1e6:,.1f} | {foretold / whole - 1:+.1%} |")
     head = (
         f"# Memory, measured and predicted\n\n{results['machine']}; fp32, one thread; `benchmarks/memory/table.py`.\n"
+        + ("Predictions were made anew after the peaks were measured.\n" if results.get("predicted_anew") else "")
     )
     return "\n".join([head, "## The process", "", *lines, "", "## Living tensors by category, MB", "", *more, ""])
 
@@ -259,6 +260,7 @@ def main() -> None:
         known = results["cells"].get(key_of(cell))
         if asked.predict and known is not None and "memory" in known:
             known["memory"] |= foretold(cell, asked.steps)
+            results["predicted_anew"] = True
         elif asked.predict or is_done(known, asked.again):
             continue
         print(key_of(cell), flush=True)

@@ -226,7 +226,6 @@ def test_16_direft_is_the_papers_and_drops_nothing_of_the_residual() -> None:
 
 def test_19_lora_on_gpt2_medium_has_393_thousand_values() -> None:
     """The paper's table says 0.35 M for the row of its GPT-2; its formula gives 0.39 M."""
-    assert 24 * 2 * sum(4 * side for side in (1024, 1024)) == 393_216
     _, delta = on_linear(tt.LoRA(rank=4), out=1024, into=1024)
     assert 24 * 2 * sum(one.numel() for one in delta.parameters() if one.requires_grad) == 393_216
 

@@ -113,3 +113,8 @@ def apart(one: Path, other: Path) -> float:
     assert read_record(one / "adapter")["base"] == read_record(other / "adapter")["base"]
     pairs = [(ours[key].double(), theirs[key].double()) for key in ours if ours[key].numel()]
     return max(float(((one - other).abs() / other.abs().clamp(min=1)).max()) for one, other in pairs)
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """The settings of a small method as a recipe holds them; what is no plain value keeps its default."""
+    return {key: value for key, value in vars(method).items() if isinstance(value, int | float | str)}

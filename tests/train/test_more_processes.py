@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.cli.conftest import WORDS, save_model, write_rows
-from tests.train.processes import Asked, apart, together
+from tests.train.processes import Asked, apart, settings_of, together
 
 from trimtab import laws
 from trimtab.core.errors import UserError
@@ -112,7 +112,6 @@ def test_every_method_ends_where_one_process_does(kind: str, models: dict[str, d
     names = [name for name in laws.registered() if name not in ROUNDED]
     for name in names if kind == "causal" else names[::4]:
         method = laws.registered()[name]
-        settings = {key: value for key, value in vars(method).items() if isinstance(value, int | float | str)}
-        runs[name] = {**models[kind], **UPDATES[kind], "method": name, "settings": settings}
+        runs[name] = {**models[kind], **UPDATES[kind], "method": name, "settings": settings_of(method)}
     refused = compare(runs, tmp_path)
     assert {name for name in refused if name.endswith("whole")} <= {"auto_prompt whole", "lora_drop whole"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.cli.conftest import WORDS, save_model, write_rows
-from tests.train.processes import Asked, adapter, apart, copied, together
+from tests.train.processes import Asked, adapter, apart, copied, settings_of, together
 
 from trimtab import laws
 from trimtab.core.errors import UserError
@@ -207,11 +207,6 @@ def test_methods_and_updates_with_state_train_as_alone(base: dict[str, Any], tmp
         bound = 1e-6 if name.startswith("step") else 1e-5
         far = {way: apart(tmp_path / f"{name}-{way}", tmp_path / "alone" / name) for way in WAYS}
         assert max(far.values()) <= bound, (name, far)
-
-
-def settings_of(method: Any) -> dict[str, Any]:
-    """The settings of a small method as a recipe holds them; what is no plain value keeps its default."""
-    return {key: value for key, value in vars(method).items() if isinstance(value, int | float | str)}
 
 
 @pytest.mark.slow

@@ -108,8 +108,8 @@ class Activity:
 
     def heaviest(self, steps: int | None = None) -> int:
         """The step, of so many (None: of two rounds), that needs most memory: its backward reaches lowest."""
-        every = self.schedule.every
-        turns = range(0, min(steps or 2 * every * (self.layers + 1), 2 * every * (self.layers + 1)), every)
+        rounds = 2 * self.schedule.every * (self.layers + 1)
+        turns = range(0, min(steps or rounds, rounds), self.schedule.every)
 
         def depth(step: int) -> tuple[int, int]:
             members = self.on(step)

@@ -56,8 +56,8 @@ def sha256_of(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Have a file, or a directory's entries, on disk, where the system can."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
+    if os.name == "posix" or path.is_file():
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -320,8 +320,8 @@ def beside(
 ) -> dict[str, float]:
     """What the process holds beside the step's tensors.
 
-    `through` is what passes in a step without checkpointing, `tokens` are the ids that the rows hold, where that is
-    known.
+    `through` is what passes in a step where nothing is left out or made again, `tokens` are the ids that the rows hold,
+    where that is known.
     """
     value, stored = dtype.itemsize, stored_as(model).itemsize
     mapped = 0.0

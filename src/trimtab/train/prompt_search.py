@@ -136,6 +136,8 @@ def search(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     recipe, model = job.recipe, job.model
     rows_per_step = recipe.batch_size * recipe.accumulation
     lines = rundir.cut_metrics(job.directory)
+    if any("choice" not in line for line in lines):  # a run of before searches could go on
+        lines = rundir.cut_metrics(job.directory, 0)
     begun = len(lines)
     if lines:
         tell.note(f"going on after step {begun} of {job.steps}")
