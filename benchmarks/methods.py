@@ -5,8 +5,10 @@
 DIR holds `glue/SST-2`, `glue/MRPC` and `e2e`. Every method and preset of the registry trains once over the same rows,
 at its default sites and settings, at each of `--rates` times its default learning rate and, while the outermost is the
 best, at up to two beyond it. The two rates of the lowest loss on rows split off the training file are trained again
-with a second seed, and the one of the lower mean loss is kept. Test rows choose nothing. References: the model untuned,
-a trained head alone, and full fine-tuning. Memory is the process's own peak during each run.
+with a second seed, and the one of the lower mean loss is kept. On E2E, whose runs are long, a third of the rows chooses
+the rate, and a lower one is tried where training on all of them does not get below that. Test rows choose nothing.
+References: the model untuned, a trained head alone, and full fine-tuning. Memory is the process's own peak during each
+run.
 
 A finished run is a line of `benchmarks/results/methods/<task>.jsonl`: started again, the benchmark goes on behind the
 last one, and several processes may share the file, each with other `--methods`. `<task>.json` has the table with its
@@ -19,6 +21,7 @@ import argparse
 import gc
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -49,6 +52,8 @@ from trimtab.train.rundir import versions
 
 RESULTS = Path(__file__).parent / "results" / "methods"
 SEEDS = (0, 1)
+SHORT = -1
+"""Stands for the seed of a run over `choosing_rows`; it has the first seed."""
 BEYOND = ((0.1, 0.03), (10.0, 30.0))
 """Rates that are tried, one after the other, while the best is the outermost."""
 
@@ -70,6 +75,8 @@ class Task:
     """Rows split off the training file to choose the learning rate on."""
     tested_on: int | None
     batch_size: int
+    choosing_rows: int | None = None
+    """Training rows of a run that only chooses the rate; None: all of them, and the run counts."""
 
     @property
     def causal(self) -> bool:
@@ -87,7 +94,7 @@ TASKS = {
     ),
     "e2e": Task(
         *("smollm2-135m-instruct", "e2e/trainset.csv.gz", "e2e/testset_w_refs.csv"),
-        *({"prompt": "mr", "completion": "ref"}, "loss", "head", 96, 16, 48, 8),
+        *({"prompt": "mr", "completion": "ref"}, "loss", "head", 192, 16, 48, 8, 64),
     ),
 }
 
@@ -144,6 +151,8 @@ def write_rows(task: Task, data: Path, folder: Path) -> dict[str, Path]:
     if task.causal:
         tests = list({row.prompt_key(): row for row in tests}.values())
     parts = {"train": take(train_rows, task.rows, 0), "choose": chosen_on, "test": take(tests, task.tested_on, 0)}
+    if task.choosing_rows is not None:
+        parts["short"] = take(train_rows, task.choosing_rows, 0)
     for name, rows in parts.items():
         paths[name] = folder / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(plain(row)) + "\n" for row in rows), encoding="utf-8")
@@ -168,7 +177,7 @@ class Bench:
     def __init__(self, name: str, task: Task, data: Path, folder: Path) -> None:
         self.name, self.task, self.folder = name, task, folder
         self.paths = write_rows(task, data, folder)
-        contents = [path.read_bytes() for path in self.paths.values()]
+        contents = [self.paths[part].read_bytes() for part in ("train", "choose", "test")]
         self.rows = hashlib.sha256(b"\0".join(contents)).hexdigest()[:16]
         self.log = RESULTS / f"{name}.jsonl"
         self.loaded: dict[int, tuple[Loaded, float]] = {}
@@ -186,7 +195,10 @@ class Bench:
 
     def key(self, entry: Entry, factor: float, seed: int) -> str:
         """What makes a run this run: rows, budget, method with its settings, rate and seed."""
-        about = [asdict(self.task), self.rows, entry.name, dict(entry.recipe), to_json(entry.made), entry.fixed]
+        task = {
+            name: value for name, value in asdict(self.task).items() if value is not None or name != "choosing_rows"
+        }
+        about = [task, self.rows, entry.name, dict(entry.recipe), to_json(entry.made), entry.fixed]
         about += [factor, seed]
         return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
 
@@ -208,11 +220,12 @@ class Bench:
 
     def job(self, entry: Entry, rate: float | None, seed: int) -> Job:
         """A run, prepared."""
+        short, seed = seed == SHORT, max(seed, SEEDS[0])
         recipe = recipe_from(
             {
                 **entry.recipe,
                 "model": self.task.model,
-                "data": str(self.paths["train"]),
+                "data": str(self.paths["short" if short else "train"]),
                 "heldout": str(self.paths["choose"]),
                 "batch_size": self.task.batch_size,
                 "learning_rate": rate,
@@ -237,7 +250,7 @@ class Bench:
         found |= {"factor": factor, "seed": seed}
         clean = False
         try:
-            loaded = self.model(seed)
+            loaded = self.model(max(seed, SEEDS[0]))
             rate = entry.rate(width_of(loaded.model)) * factor
             job = self.job(entry, rate, seed)
             found |= {"rate": rate, "sites": sum(part["sites"] for part in job.record["method"]), "where": place(job)}
@@ -259,7 +272,7 @@ class Bench:
         except Exception as fault:
             found["problem"] = f"{type(fault).__name__}: {fault}"
         if not clean:
-            self.loaded.pop(seed, None)
+            self.loaded.pop(max(seed, SEEDS[0]), None)
         found |= {"peak_bytes": peak(), "total_seconds": round(time.perf_counter() - began, 2)}
         return found
 
@@ -297,23 +310,43 @@ Runs = Mapping[tuple[float, int], Mapping[str, Any]]
 """Runs of one entry by factor and seed."""
 
 
-def plan(entry: Entry, factors: Sequence[float], known: Runs) -> Iterator[tuple[float, int]]:
+def plan(entry: Entry, factors: Sequence[float], known: Runs, short: bool) -> Iterator[tuple[float, int]]:
     """The runs of one entry in order: every rate with the first seed, further ones while the best is the outermost,
-    then the two best with the second; at last the kept one again where its test rows were passed over."""
+    then the two best with the second; at last the kept one again where its test rows were passed over. With `short`
+    the rates are tried over fewer rows, and the best of them, or a lower one, goes through all rows with both seeds."""
     if entry.name == "untuned":
-        factors = [1.0]
-    yield from ((factor, SEEDS[0]) for factor in factors)
+        yield from ((1.0, seed) for seed in SEEDS)
+        return
+    first = SHORT if short else SEEDS[0]
+    yield from ((factor, first) for factor in factors)
     if len(factors) > 1:
         for _ in BEYOND[0]:
             further = next_rate(known)
             if further is None:
                 break
-            yield further, SEEDS[0]
+            yield further, first
+    if short:
+        yield from whole_runs(known)
+        return
     for factor in ranked(known)[:2]:
         yield factor, SEEDS[1]
     kept = chosen(known)
     if kept is not None and "test" not in known[kept, SEEDS[0]]:
         yield kept, SEEDS[0]
+
+
+def whole_runs(known: Runs) -> Iterator[tuple[float, int]]:
+    """The best rate over all rows, a lower one if that left a higher loss than fewer rows did; the kept, both seeds."""
+    order = ranked(known)
+    if not order:
+        return
+    for factor in [one for one in order if one <= order[0]][:2]:
+        yield factor, SEEDS[0]
+        if loss_on_choice(known[factor, SEEDS[0]]) < loss_on_choice(known[order[0], SHORT]):
+            break
+    kept = chosen(known)
+    if kept is not None:
+        yield kept, SEEDS[1]
 
 
 def next_rate(known: Runs) -> float | None:
@@ -329,15 +362,18 @@ def next_rate(known: Runs) -> float | None:
     return None
 
 
-def ranked(known: Runs) -> list[float]:
-    """The rates by the loss of the first seed on the selection rows, those that failed left out."""
-    losses = {factor: loss_on_choice(run) for (factor, seed), run in known.items() if seed == SEEDS[0]}
+def ranked(known: Runs, seed: int | None = None) -> list[float]:
+    """The rates by the loss on the selection rows, of short runs where there are any and else of the first seed; those
+    that failed left out."""
+    if seed is None:
+        seed = SHORT if any(one == SHORT for _, one in known) else SEEDS[0]
+    losses = {factor: loss_on_choice(run) for (factor, of), run in known.items() if of == seed}
     return sorted((one for one, loss in losses.items() if loss < float("inf")), key=lambda one: losses[one])
 
 
 def chosen(known: Runs) -> float | None:
     """The rate of the lowest loss on the selection rows, in the mean of the seeds where any rate has both."""
-    order = ranked(known)
+    order = ranked(known, SEEDS[0])
     both = [one for one in order if (one, SEEDS[1]) in known]
     both = [one for one in both if loss_on_choice(known[one, SEEDS[1]]) < float("inf")]
     if not both:
@@ -357,14 +393,15 @@ def carry_out(bench: Bench, listed: Sequence[Entry], factors: Sequence[float], u
     factors = sorted(factors, key=lambda factor: abs(factor - 1))
     for entry in listed:
         runs: dict[tuple[float, int], Mapping[str, Any]] = {}
-        for factor, seed in plan(entry, factors, runs):
+        for factor, seed in plan(entry, factors, runs, bench.task.choosing_rows is not None):
             key, again = bench.key(entry, factor, seed), (factor, seed) in runs
             run = known.get(key)
             if run is None or again:
                 if time.monotonic() + longest > until:
                     return False
-                rivals = [loss_on_choice(one) for one in runs.values()] if seed == SEEDS[0] and not again else []
-                run = bench.run(entry, factor, seed, min(rivals, default=float("inf")))
+                rivals = [loss_on_choice(run) for (_, of), run in runs.items() if of == seed == SEEDS[0] and not again]
+                best = -math.inf if seed == SHORT else min(rivals, default=math.inf)
+                run = bench.run(entry, factor, seed, best)
                 bench.write(run)
                 longest = max(longest, run["total_seconds"])
                 told = run.get("problem") or {name: run[name] for name in ("rate", "choose", "test") if name in run}
@@ -382,15 +419,17 @@ def table(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> li
     rows = []
     for entry in listed:
         tried = [1.0] if entry.name == "untuned" else [*factors, *BEYOND[0], *BEYOND[1]]
-        keys = {(factor, seed): bench.key(entry, factor, seed) for factor in tried for seed in SEEDS}
+        seeds = SEEDS if task.choosing_rows is None else (*SEEDS, SHORT)
+        keys = {(factor, seed): bench.key(entry, factor, seed) for factor in tried for seed in seeds}
         runs = {at: known[key] for at, key in keys.items() if key in known}
-        first = sorted(factor for factor, seed in runs if seed == SEEDS[0])
+        first = sorted({factor for factor, seed in runs if seed != SEEDS[1]})
         if not first:
             continue
         best = chosen(runs)
         row: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "rates_tried": first}
         if best is None:
-            rows.append(row | {"problem": runs[first[0], SEEDS[0]].get("problem")})
+            problems = [run["problem"] for run in runs.values() if "problem" in run]
+            rows.extend(row | {"problem": problem} for problem in problems[:1])
             continue
         kept = runs[best, SEEDS[0]]
         shown = [runs[best, seed] for seed in SEEDS if "test" in runs.get((best, seed), {})]
@@ -401,6 +440,7 @@ def table(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> li
         row |= {"mean": sum(scores) / len(scores), "trainable": kept["trainable"], "total": kept["total"]}
         row |= {"seconds": kept.get("seconds"), "peak_bytes": max(run["peak_bytes"] or 0 for run in shown)}
         row["by_both_seeds"] = sum(seed == SEEDS[1] for _, seed in runs) > 1 or len(first) == 1
+        row["by_short_runs"] = any(seed == SHORT for _, seed in runs)
         row["edge"] = len(first) > 1 and kept["factor"] in (min(first), max(first))
         rows.append(row)
     head = next((row for row in rows if row["name"] == "head only" and "scores" in row), None)
@@ -428,7 +468,7 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         f"{task.rows} training rows, one epoch in batches of {task.batch_size}; {task.measure} on "
         f"{conditions['test_rows']} test rows, seeds {SEEDS[0]} and {SEEDS[1]}. The learning rate is the one of the "
         f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default and up to "
-        "two beyond it where the outermost was best: of the two best with one seed, the better in the mean of both. "
+        f"two beyond it where the outermost was best: {choice(task)}. "
         f"{conditions['machine']}, {conditions['threads']} thread, torch {conditions['versions']['torch']}, float32. "
         "Written by `benchmarks/methods.py`.",
         "",
@@ -439,7 +479,7 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         second = f"{row['scores'][1]:.4f}" if len(row["scores"]) > 1 else "-"
         remarks = ["not clearly better than the head alone"] if row.get("beats_head") is False else []
         remarks += ["one seed only"] if len(row["scores"]) < len(SEEDS) else []
-        remarks += [] if row["by_both_seeds"] else ["rate chosen with one seed"]
+        remarks += [] if row["by_both_seeds"] or row["by_short_runs"] else ["rate chosen with one seed"]
         remarks += ["best at the edge of the rates"] if row["edge"] and row["kind"] != "reference" else []
         time_taken = "-" if row["seconds"] is None else f"{row['seconds']:.1f} s"
         untuned = row["name"] == "untuned"
@@ -451,6 +491,16 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         lines.append("| " + " | ".join([*cells, f"{row['peak_bytes'] / 1e9:.2f} GB", "; ".join(remarks)]) + " |")
     lost = [f"- {row['name']}: {row['problem']}" for row in rows if "problem" in row]
     return "\n".join([*lines, *(["", "Without a score:", "", *lost] if lost else [])]) + "\n"
+
+
+def choice(task: Task) -> str:
+    """How the rate was chosen among those tried, in words."""
+    if task.choosing_rows is None:
+        return "of the two best with one seed, the better in the mean of both"
+    return (
+        f"with one seed and the first {task.choosing_rows} rows, or the next best lower one where all rows did not get "
+        "below what those gave"
+    )
 
 
 def publish(bench: Bench, listed: Sequence[Entry], factors: Sequence[float]) -> None:
