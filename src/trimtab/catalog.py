@@ -155,7 +155,10 @@ def describe(name: str, kind: str | None = None) -> dict[str, Any]:
         "settings": fields(made),
     }
     if kind == "presets":
-        listed = [{"where": where, **to_json(method)} for method, where in parts]
+        listed = [
+            {"where": where, "learning_rate": one.rate(1024), "width_power": one.width_power, **to_json(one)}
+            for one, where in parts
+        ]
         return facts | {"parts": listed, "start": None if start is None else name_of(type(start))}
     using = [one for one in presets() if any(uses(method, made) for method, _ in parts_of(attachable(one, "presets")))]
     return facts | {"presets": using}

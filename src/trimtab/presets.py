@@ -19,10 +19,9 @@ def HoulsbyNorm(bottleneck: int = 64) -> tuple[Placed, ...]:
 
 def LongLoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, group: int | None = None) -> Parts:
     """LoRA, trained embeddings and norms, tuned with attention in shifted groups (arXiv 2309.12307)."""
-    # Embeddings first: one learning rate serves all parts, theirs, as in the paper.
-    dense = [find("full")().at(where) for where in ("embed", "norm")]
     low = find("lora")(rank=rank, alpha=alpha, dropout=dropout).at("q, k, v, o")
-    return Parts([*dense, low], {"attention": "shifted", "group": group})
+    dense = [find("full")().at(where) for where in ("embed", "norm")]
+    return Parts([low, *dense], {"attention": "shifted", "group": group})
 
 
 def QLoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Parts:

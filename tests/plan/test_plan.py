@@ -101,7 +101,7 @@ def real_step(recipe: Any, model: Any, task: str, rows: int, length: int) -> Liv
     live.declare(trained, "adapter")
     policy, group = recipe.checkpointing, bench.group
     with running(model, packed=bench.packed, seam=bench.seam, pieces=PIECES, policy=policy, group=group):
-        update = Updates(recipe, model, 1e-3)
+        update = Updates(recipe, model, 1e-3, {})
         model.train()
         gradients_named(trained, live)
         with live, loss_named(live):

@@ -11,6 +11,7 @@ from tests.cli.conftest import WORDS, save_model, write_rows
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
 from trimtab.train.run import prepare
+from trimtab.train.updates import Updates
 
 HEAD = 32 * 2 + 2
 
@@ -55,3 +56,11 @@ def test_a_head_alone_trains_at_a_rate_of_its_own(values: dict[str, Any], tmp_pa
         ).rate
     assert rates["headonly"] == 0.02
     assert rates["full"] < 0.002
+
+
+def test_a_new_head_learns_at_the_rate_of_a_presets_first_part(values: dict[str, Any], tmp_path: Path) -> None:
+    job = prepare(recipe_from(values | {"method": "unipelt", "output": str(tmp_path / "run")}), Reporter())
+    groups = Updates(job.recipe, job.model, job.rate, job.ratios).optimizer.param_groups
+    rates = {name: group["lr"] for group in groups for name in group["param_names"]}
+    assert {rate for name, rate in rates.items() if name.startswith("classifier")} == {job.rate}
+    assert len(set(rates.values())) == 3

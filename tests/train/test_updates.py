@@ -16,7 +16,7 @@ from trimtab.train import checkpoint, updates
 from trimtab.train.find_rate import find_rate
 from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import resume, tune
+from trimtab.train.run import prepare, resume, tune, width_of
 from trimtab.train.rundir import open_run, write_start
 
 
@@ -32,6 +32,13 @@ def adapter(directory: Path) -> bytes:
 
 class Crash(Exception):
     pass
+
+
+class Notes(Reporter):
+    text = ""
+
+    def note(self, text: str) -> None:
+        self.text += text + "\n"
 
 
 class At(Reporter):
@@ -52,6 +59,7 @@ POINTS: dict[str, dict[str, Any]] = {
     "per-layer": {"optimizer": {"in_backward": {"inner": {"name": "q_galore", "rank": 8, "gap": 2}}}, "clip": 0},
     "lora+": {"optimizer": "lora_plus", "method": "lora", "settings": {"dropout": 0.2}},
     "lisa": {"active": {"name": "lisa", "layers": 1, "every": 2}, "where": "all-linear, embed, norm"},
+    "several rates": {"method": "mam", "settings": {"length": 2, "bottleneck": 4}},
     "badam": {"active": "badam", "active_every": 3, "optimizer": "adafactor", "checkpointing": "block"},
 }
 
@@ -103,13 +111,38 @@ def test_badam_holds_the_state_of_one_block(
 
 
 def test_the_default_is_torchs_fused_adamw() -> None:
-    made = updates.optimizer_of(Recipe(weight_decay=0.1), torch.nn.Linear(2, 2), 0.01)
+    made = updates.optimizer_of(Recipe(weight_decay=0.1), torch.nn.Linear(2, 2), 0.01, {})
     assert type(made) is torch.optim.AdamW
     (group,) = made.param_groups
     plain = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), lr=0.01, weight_decay=0.1, fused=True)
-    assert {key: value for key, value in group.items() if key != "params"} == {
+    assert {key: value for key, value in group.items() if key not in ("params", "param_names", "ratio")} == {
         key: value for key, value in plain.param_groups[0].items() if key != "params"
     }
+
+
+MIX: dict[str, Any] = {"method": "unipelt", "settings": {"length": 2, "bottleneck": 4, "rank": 2}}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_parts_of_a_preset_learn_in_the_ratio_of_their_own_rates(
+    optimizer: str, equal: bool, values: dict[str, Any], tmp_path: Path
+) -> None:
+    notes = Notes()
+    recipe = recipe_from({**values, **MIX, "optimizer": optimizer, "equal_rates": equal, "learning_rate": 0.008})
+    job = prepare(recipe, notes, tmp_path / "run")
+    made = updates.Updates(recipe, job.model, job.rate, job.ratios)
+    made.begin(0, job.rate / 2)
+    told = {name: group["lr"] for group in made.optimizer.param_groups for name in group["param_names"]}
+    assert told.keys() == {name for name, p in job.model.named_parameters() if p.requires_grad}
+    width = width_of(job.model)
+    for name, rate in told.items():
+        second, third = "default+1." in name, "default+2." in name or "default/prefix_tuning." in name
+        method = tt.PrefixTuning() if third else tt.Pfeiffer() if second else tt.LoRA()
+        share = 1.0 if equal else method.rate(width) / tt.LoRA().rate(width)
+        assert rate == pytest.approx(0.004 * share), name
+    assert (" at stream" in notes.text) != equal
+    assert len(set(told.values())) == (1 if equal else 3)
 
 
 REFUSED = [

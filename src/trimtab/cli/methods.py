@@ -145,7 +145,10 @@ def description(facts: Mapping[str, Any], model: str | None) -> str:
     if model is not None and facts["on_model"]:
         lines += ["", heading(f"on {model}"), columns(counted_on(facts["on_model"]))]
     if facts.get("parts"):
-        parts = [(one.get("methods", "?"), f"at {one.get('where')!r}") for one in facts["parts"]]
+        parts = [
+            (one.get("methods", "?"), f"at {one.get('where')!r}", f"learning rate {one['learning_rate']:g}")
+            for one in facts["parts"]
+        ]
         lines += ["", heading("parts"), columns(parts)]
     if facts["settings"]:
         flag = facts["kind"] in ("methods", "presets")

@@ -20,6 +20,7 @@ TITLES = {
     "active": "Schedules of what trains",
 }
 HEADINGS = {"storage": "format", "optim": "optimizer", "active": "schedule"}
+RATE = ("learning_rate", "width_power")
 INTRODUCTION = """# Methods
 
 Everything that `--method`, `start=`, `--quantize`, `--optimizer` and `--active` know, generated from the source by
@@ -122,8 +123,8 @@ def facts_of(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def without(part: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of a preset without its place."""
-    return {key: value for key, value in part.items() if key != "where"}
+    """A part of a preset without its place and rate."""
+    return {key: value for key, value in part.items() if key not in ("where", *RATE)}
 
 
 def short(value: Any) -> str:
@@ -146,6 +147,9 @@ def merging(facts: Mapping[str, Any]) -> str:
 
 def rate(facts: Mapping[str, Any]) -> str:
     """The learning rate by default and how it goes with the width."""
-    power = facts["width_power"]
-    falls = "" if not power else ", falls as 1/width" if power == 1 else f", falls as 1/width^{power:g}"
-    return f"{facts['learning_rate']:g} at width 1024{falls}"
+    words = []
+    for one in facts.get("parts") or [facts]:
+        value, power = (one[key] for key in RATE)
+        falls = "" if not power else ", falls as 1/width" if power == 1 else f", falls as 1/width^{power:g}"
+        words.append(f"{value:g} at width 1024{falls}")
+    return "; ".join(dict.fromkeys(words))

@@ -60,7 +60,7 @@ def find_rate(
 def sweep(job: Job, rates: Sequence[float]) -> list[float]:
     """The loss of each step, one rate a step; ends early when it explodes."""
     recipe, model = job.recipe, job.model.train()
-    update = Updates(recipe, model, rates[0])
+    update = Updates(recipe, model, rates[0], job.ratios)
     losses: list[float] = []
     order: list[list[int]] = []
     while len(order) < len(rates):

@@ -55,6 +55,9 @@ class Recipe:
     batch_size: int = option(8, "Rows per forward pass.", "training")
     accumulation: int = option(1, "Forward passes per optimizer step.", "training")
     learning_rate: float | None = option(None, "Peak learning rate; default: the method's own.", "training")
+    equal_rates: bool = option(
+        False, "One learning rate for every part of a preset; default: in the ratio of their own rates.", "training"
+    )
     schedule: str = option("linear", "linear, cosine or constant, after the warm-up.", "training")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises.", "training")
     optimizer: str = option(

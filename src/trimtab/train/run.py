@@ -50,7 +50,7 @@ from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
-from trimtab.train.updates import Point, Updates, refuse, rule_of, schedule_of
+from trimtab.train.updates import Point, Ratios, Updates, ratios_of, refuse, rule_of, schedule_of
 from trimtab.train.writer import Writer
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Job:
     seam: Seam | None
     pieces: tuple[str, ...]
     rate: float
+    ratios: Ratios
     steps: int
     steps_per_epoch: int
     record: dict[str, Any]
@@ -199,7 +200,10 @@ def prepared_again(directory: Path, tell: Reporter, ranks: Ranks) -> Job:
     job = prepare(known.recipe, tell, directory, ranks=ranks)
     job.record |= {"before": known.record["before"]}
     record = json.loads(json.dumps(job.record))
-    changed = [key for key in ("model", "data", "method", "learning_rate", "steps") if record[key] != known.record[key]]
+    fixed = ("model", "data", "method", "learning_rate", "steps")
+    changed = [key for key in fixed if record[key] != known.record[key]]
+    if record["rate_ratios"] != known.record.get("rate_ratios", {}):
+        changed.append("the rates of the parts")
     if changed:
         raise UserError(
             f"resume: {listing(changed)} differ from what {directory} began with", fix="undo the change, or train anew"
@@ -298,7 +302,7 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     """
     recipe, model, ranks = job.recipe, job.model, job.ranks
     deltas = [module for module in model.modules() if isinstance(module, Delta)]
-    update = Updates(recipe, model, job.rate)
+    update = Updates(recipe, model, job.rate, job.ratios)
     optimizer = update.optimizer
     rows_per_step = recipe.batch_size * recipe.accumulation
     step, counters = 0, dict[str, Any](rows=0, seconds=0.0, best_loss=math.inf, best_step=0, last_losses=[])
@@ -506,7 +510,10 @@ def prepare(
     own_rate = PROBE_RATE if only_new else parts[0].method.rate(width_of(model))
     natural = float(f"{own_rate * rule.relative_rate:.2g}")
     rate = recipe.learning_rate if recipe.learning_rate is not None else natural
-    tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {rate:g}")
+    ratios = {} if recipe.equal_rates else ratios_of(attached, loaded.new_modules, width_of(model))
+    others = [f"{rate * ratios[part.label]:g} at {part.where}" for part in attached if ratios.get(part.label, 1.0) != 1]
+    shown = ", ".join([f"{rate:g}", *others])
+    tell.note(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), learning rate {shown}")
     longest = max(len(row.ids) for part_rows in (train_rows, heldout_rows) for row in part_rows)
     labelled = task in ("classify", "regress") and recipe.packing != "off"
     seam = seam_of(model, train_rows, pad_id) if labelled else None
@@ -544,6 +551,7 @@ def prepare(
         "optimizer": to_json(rule),
         "active": to_json(schedule),
         "learning_rate": rate,
+        "rate_ratios": ratios if others else {},
         "steps": steps,
         "packing": packing,
         "group": group,
@@ -566,6 +574,7 @@ def prepare(
         seam=seam,
         pieces=PIECES if recipe.faster and recipe.shard == "none" else (),
         rate=rate,
+        ratios=ratios,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         record=record,

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from trimtab.core.active import Active, Activity, members_of
+from trimtab.core.attach import SHARED
+from trimtab.core.delta import Delta, Part
 from trimtab.core.errors import UserError
 from trimtab.core.method import Method
 from trimtab.core.optimizer import Optimizer
 from trimtab.core.registry import name_of
 from trimtab.core.transform import Transform
 from trimtab.train.recipe import Recipe, build_named
+
+Ratios = Mapping[str, float]
+"""By the label of a part, its learning rate over that of the run; 1 where none is given."""
 
 
 def rule_of(recipe: Recipe) -> Transform:
@@ -32,37 +38,61 @@ def schedule_of(recipe: Recipe) -> Active | None:
     return made
 
 
-def optimizer_of(recipe: Recipe, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+def ratios_of(parts: Sequence[Part], new: Sequence[str], width: int) -> dict[str, float]:
+    """The own rate of every part over that of the first one; a part that is nothing but `new` modules learns as it."""
+    first = parts[0].method.rate(width)
+    rates = {part.label: part.method.rate(width) for part in parts if {one.module for one in part.places} - set(new)}
+    return {label: rate / first for label, rate in rates.items()}
+
+
+def trained_by(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The label of the part that a parameter belongs to, for those of an adapter."""
+    held: list[tuple[str, nn.Module]] = [(one.slot, one) for one in model.modules() if isinstance(one, Delta)]
+    held += model._modules[SHARED].named_children() if SHARED in model._modules else []  # type: ignore[union-attr]
+    return {parameter: slot.partition("/")[2] for slot, group in held for parameter in group.parameters()}
+
+
+def groups_of(model: nn.Module, rate: float, ratios: Ratios) -> list[dict[str, Any]]:
+    """What trains, by name, in a group for each ratio."""
+    owners = trained_by(model) if len(set(ratios.values()) | {1.0}) > 1 else {}
+    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(ratios.get(owners.get(parameter, ""), 1.0), []).append((name, parameter))
+    return [{"params": params, "lr": rate * ratio, "ratio": ratio} for ratio, params in groups.items()]
+
+
+def optimizer_of(recipe: Recipe, model: nn.Module, rate: float, ratios: Ratios) -> torch.optim.Optimizer:
     """The optimizer of a run. AdamW is torch's, whose fused kernel is the same rule."""
     rule = rule_of(recipe)
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = groups_of(model, rate, ratios)
     if name_of(type(rule)) == "adamw":
         adam = {key: getattr(rule, key) for key in ("beta1", "beta2", "epsilon")}
         return torch.optim.AdamW(
-            [parameter for _, parameter in trained],
+            groups,
             lr=rate,
             betas=(adam["beta1"], adam["beta2"]),
             eps=adam["epsilon"],
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-    return Optimizer(trained, rule, lr=rate, weight_decay=recipe.weight_decay, seed=recipe.seed)
+    return Optimizer(groups, rule, lr=rate, weight_decay=recipe.weight_decay, seed=recipe.seed)
 
 
 class Updates:
     """The optimizer of a loop and what goes on around it: the rate, what trains, clipping, in one pass or two."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, rate: float) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, rate: float, ratios: Ratios) -> None:
         self.clip_to = recipe.clip or math.inf
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = optimizer_of(recipe, model, rate)
+        self.optimizer = optimizer_of(recipe, model, rate, ratios)
         schedule = schedule_of(recipe)
         self.activity = None if schedule is None else Activity(model, schedule, self.optimizer, recipe.seed)
 
     def begin(self, step: int, rate: float) -> None:
         """Before a step: its learning rate, and which layers train."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         if self.activity is not None:
             self.activity.at(step)
 
