@@ -39,6 +39,7 @@ from trimtab.core.install import (
     stand_aside,
     uninstall,
 )
+from trimtab.core.mapped import let_go_replaced
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
 from trimtab.core.quantized import Taken, check_modules, quantize_module, quantize_without
 from trimtab.core.registry import name_of
@@ -86,6 +87,7 @@ def attach(
     work = [(part, *prepare(model, state, part, name, seed, dtype, statistics or {}, device)) for part in parts]
     encode_rest(model, [(part, deltas) for part, deltas, _ in work])
     commit(model, state, Adapter(name, seed, parts), work)
+    let_go_replaced(model)
     return model
 
 

@@ -33,6 +33,7 @@ class FakeQuantized(WeightMethod):
     }
     learning_rate: ClassVar[float] = 4e-5
     width_power: ClassVar[float] = 1.0
+    replaces: ClassVar[bool] = True
 
     code_bits: int = 4
     group_size: int | None = None

@@ -52,6 +52,8 @@ class Method(ABC):
     """Whether it sits only where there is a bias already; other places that `where` names are passed over."""
     takes_out: ClassVar[bool] = False
     """Whether a product is taken out of the frozen weight at the start, so that quantizing has to know of it."""
+    replaces: ClassVar[bool] = False
+    """Whether a weight of its own stands for W, which then nothing reads any more."""
     source: ClassVar[str] = ""
     """What it reads beside its site's input, as `base.batch.sources[source]`: `stream`, the residual stream where its
     sub-layer takes it in, or a role of its attention (`q`), whose output is meant."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
+from trimtab.core.mapped import let_go
 from trimtab.core.product import product
 from trimtab.core.registry import find, from_json, to_json
 from trimtab.core.site import is_conv1d
@@ -546,7 +547,9 @@ def _install(module: nn.Module, code: Code) -> None:
     plain = type(module)
     module.__class__ = subclass(plain, quantized_linear)
     _rebind(module, plain, type(module))
-    del module._parameters["weight"]
+    dense = module._parameters.pop("weight")
+    if dense is not None:
+        let_go(dense)
     module._modules["code"] = code.train(module.training)
 
 

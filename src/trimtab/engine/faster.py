@@ -2,7 +2,7 @@
 
 Which layer is an RMS norm or a gated feed-forward is not read off its name: the fast version is run beside the layer's
 own forward on a few numbers and takes its place only if both agree. Layers that are trained or edited stay.
-Leaving the context puts every class back.
+Leaving the context puts every class back; weights that were moved to begin at a cache line stay there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.mapped import align
 from trimtab.core.product import LARGE, frozen_product, frozen_weight
 from trimtab.core.scratch import release
 from trimtab.core.site import LinearBase
@@ -27,7 +28,7 @@ from trimtab.engine.rotary import turning
 from trimtab.engine.shifted_attention import shifted_in
 from trimtab.engine.siblings import panel_of, together
 
-PIECES = ("norms", "gates", "siblings", "rotary", "linears")
+PIECES = ("aligned", "norms", "gates", "siblings", "rotary", "linears")
 EXACT = 1e-5
 
 
@@ -35,6 +36,7 @@ EXACT = 1e-5
 def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[str]]:
     """Run the model with the fast versions of these pieces inside; yields what was replaced, by path."""
     replaced: list[tuple[str, nn.Module]] = []
+    moved = align(model) if "aligned" in pieces else []
     if "norms" in pieces:
         replaced += [(path, module) for path, module in model.named_modules() if quick_norm(module)]
     if "gates" in pieces:
@@ -45,7 +47,7 @@ def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[
         with ExitStack() as stack:
             groups = stack.enter_context(together(model)) if "siblings" in pieces else []
             turns = stack.enter_context(turning(model)) if "rotary" in pieces else []
-            yield [path for path, _ in replaced] + [path for group in groups for path in group] + turns
+            yield moved + [path for path, _ in replaced] + [path for group in groups for path in group] + turns
     finally:
         release()
         for _, module in reversed(replaced):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.core.attach import plan as plan_parts
 from trimtab.core.errors import UserError
 from trimtab.core.method import Placed
-from trimtab.core.select import select
 from trimtab.engine.checkpointing import stacks_of
 from trimtab.models.loading import DTYPES, outline
 from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of
@@ -324,18 +324,26 @@ def beside(
     where that is known.
     """
     value, stored = dtype.itemsize, stored_as(model).itemsize
-    mapped = 0.0
-    if recipe.quantize:
-        mapped = sum(value * model.get_submodule(one.module).weight.numel() for one in select(model, "all-linear"))
+    own = replaced_of(recipe, model)
+    mapped = -float(value * sum(W.numel() for W in own) if value == stored else 0)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     table = model.get_input_embeddings()
-    if value == stored and table is not None and (head is None or head.weight is not table.weight):
+    read = table is not None and not any(W is table.weight for W in own)
+    if value == stored and read and (head is None or head.weight is not table.weight):
         mapped -= value * table.weight.numel() * unread(tokens, value * table.weight.shape[1], len(table.weight))
     extra = around(live, fit.kind, vocabulary_of(model), mapped, bool(recipe.quantize), through)
     if fit.kind == "cpu" and value != stored and recipe.shard == "none":
         both = (value + stored) * sum(one.numel() for one in model.parameters())
         extra["loading"] = max(0.0, extra["process"] + both - sum(live.values()) - sum(extra.values()))
     return extra
+
+
+def replaced_of(recipe: Recipe, model: Any) -> list[nn.Parameter]:
+    """The weights that the recipe's method puts its own in place of, whose pages of the file are let go."""
+    parts = plan_parts(model, placed_parts(build_method(recipe), recipe.where, (), model))
+    places = [place for part in parts if part.method.replaces for place in part.places]
+    found = [model.get_submodule(place.module)._parameters.get("weight") for place in places if place.rows is None]
+    return [W for W in found if W is not None]
 
 
 def unread(tokens: Collection[int] | None, row: int, rows: int) -> float:

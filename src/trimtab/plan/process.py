@@ -79,8 +79,8 @@ def around(
 
     `through` is what would come and go without checkpointing and with all layers in training, where that is more.
 
-    `mapped` is what a file of weights that stays mapped adds: weights that were read and encoded count as resident
-    until the system needs their memory, and rows of an embedding that no token reads never do (negative).
+    `mapped` is what of a mapped file of weights is not in memory (negative): rows of an embedding that no token reads,
+    and weights that a method replaces.
     """
     if kind == "cuda":
         return {"process": CONTEXT, "allocator": ROUNDING * sum(live.values())}

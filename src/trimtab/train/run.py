@@ -22,6 +22,7 @@ from trimtab.core.delta import Delta, Part, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import MEASURES
 from trimtab.core.format import Format
+from trimtab.core.mapped import let_go_replaced
 from trimtab.core.method import InputMethod, Method, Placed
 from trimtab.core.registry import find, to_json
 from trimtab.core.save import save
@@ -232,6 +233,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
             activate(job.model, None)
             record["before"] = job.measure()
             activate(job.model, "default")
+            let_go_replaced(job.model)
             ranks.told(lambda: started(job, record))
         tell.evaluated("before", record["before"])
 

@@ -22,6 +22,7 @@ class Full(WeightMethod):
     hosts: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "norm"})
     learning_rate: ClassVar[float] = 4e-5
     width_power: ClassVar[float] = 1.0
+    replaces: ClassVar[bool] = True
 
     def init(self, site: Site) -> dict[str, Any]:
         b = site.base.bias
