@@ -12,7 +12,7 @@ import torch
 from trimtab.core.errors import UserError
 from trimtab.data.batches import batches
 from trimtab.plan.dry_run import dry_run, prepared
-from trimtab.plan.planning import beside, new_modules_of, read_outline
+from trimtab.plan.planning import beside, new_modules_of, plain_of, read_outline
 from trimtab.plan.process import Room, passing
 from trimtab.train.recipe import Recipe
 
@@ -33,7 +33,7 @@ def predicted(job: Any) -> dict[str, Any]:
     try:
         with torch.random.fork_rng(devices=[]):
             live, through = step_of(job, recipe, outputs), 0
-            plain = replace(recipe, checkpointing="off", active=None)
+            plain = plain_of(recipe)
             if kind == "cpu" and plain != recipe:
                 through = passing(step_of(job, plain, outputs))
             blank = read_outline(recipe, job.task, outputs)

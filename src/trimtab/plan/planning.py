@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,33 +87,52 @@ def plan_of(recipe: Recipe, *, fit: Room | None = None, completions: float = 1.0
     recipe = settled(recipe, fit)
     length = recipe.max_length or 512
     notes = [] if recipe.max_length else ["rows of 512 tokens, as no length is given"]
-    dry = formula = None
-    flops = 0.0
     blank = read_outline(recipe)
     task = task_of(blank, recipe)
-    vocabulary = vocabulary_of(blank)
+    dry = formula = None
     try:
-        counted = counts(recipe, blank, task, length, completions, vocabulary)
-        dry, flops = counted.live, float(counted.flops)
+        dry = counts(recipe, blank, task, length, completions, vocabulary_of(blank))
     except (UserError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
         notes.append(f"no dry run: {reason}")
-        counted = None
-    second = read_outline(recipe) if counted is not None else blank
+    second = read_outline(recipe) if dry is not None else blank
     try:
         formula = by_formula(recipe, second, task, length, completions)
     except UserError as error:
         notes.append(error.message)
-    live = dry if dry is not None else formula.live if formula is not None else None
-    if live is None:
+    if dry is None and formula is None:
         reasons = "; ".join(dict.fromkeys(notes))
         raise UserError(f"plan: neither way knows {recipe.method} on {recipe.model}: {reasons}")
-    values = trained_of(recipe, read_outline(recipe), task) if counted is None else counted.trained
-    saved = 4 * values
-    through, plain = passing(live), replace(recipe, checkpointing="off", active=None)
+    found = Found(recipe, second, length, dry, formula, tuple(notes))
+    through, plain = passing(found.live), plain_of(recipe)
     if fit.kind == "cpu" and plain != recipe:
         through = passing_all(plain, task, length, completions)
-    return whole(recipe, live, dry, formula, second, fit, values, saved, through, flops, length, notes, started)
+    values = trained_of(recipe, read_outline(recipe), task) if dry is None else dry.trained
+    return whole(found, fit, through, values, started)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the two ways came to for a recipe on a model, with rows of a length."""
+
+    recipe: Recipe
+    model: nn.Module
+    length: int
+    dry: Counted | None
+    formula: Estimate | None
+    notes: tuple[str, ...]
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Bytes by category at the highest point of a step: by the dry run where there is one."""
+        known = self.dry or self.formula
+        assert known is not None
+        return known.live
+
+
+def plain_of(recipe: Recipe) -> Recipe:
+    """The recipe of a step in which nothing is left out and nothing made again."""
+    return replace(recipe, checkpointing="off", active=None)
 
 
 def passing_all(plain: Recipe, task: str, length: int, completions: float) -> int:
@@ -127,48 +146,35 @@ def passing_all(plain: Recipe, task: str, length: int, completions: float) -> in
         return 0
 
 
-def whole(
-    recipe: Recipe,
-    live: dict[str, int],
-    dry: dict[str, int] | None,
-    formula: Estimate | None,
-    model: nn.Module,
-    fit: Room,
-    values: int,
-    saved: int,
-    through: int,
-    flops: float,
-    length: int,
-    notes: Sequence[str],
-    started: float,
-) -> Plan:
-    """A plan from what the two ways came to."""
-    extra = beside(recipe, live, model, fit, DTYPES[recipe.dtype], through)
+def whole(found: Found, fit: Room, through: int, values: int, started: float) -> Plan:
+    """A plan from what the two ways came to; `through` as in `beside`, `values` train."""
+    recipe, live, formula, dry = found.recipe, found.live, found.formula, found.dry
+    extra = beside(recipe, live, found.model, fit, DTYPES[recipe.dtype], through)
     memory = {**live, **{name: round(size) for name, size in extra.items()}}
-    peak = sum(memory.values())
-    step = sum(live.values())
-    other = formula.peak if formula is not None else None
-    tokens = recipe.batch_size * length
+    peak, saved = sum(memory.values()), 4 * values
+    other = None if formula is None else formula.peak
+    counted = None if dry is None else sum(dry.live.values())
+    flops = float(dry.flops) if dry is not None else 0.0
     kept = ("method", "settings", "where", "quantize", "batch_size", "dtype", "optimizer", "active", "checkpointing")
-    described = {key: value for key, value in vars(recipe).items() if key in kept} | {"max_length": length}
+    described = {key: value for key, value in vars(recipe).items() if key in kept} | {"max_length": found.length}
     return Plan(
         model=recipe.model,
         recipe={key: dict(value) if isinstance(value, Mapping) else value for key, value in described.items()},
         memory=memory,
         peak_memory_bytes=peak,
-        step_bytes=step,
-        routes={"formulas": other, "dry_run": None if dry is None else sum(dry.values())},
-        apart=None if dry is None or other is None else other / sum(dry.values()) - 1,
-        flops_per_token=flops / tokens,
+        step_bytes=sum(live.values()),
+        routes={"formulas": other, "dry_run": counted},
+        apart=None if counted is None or other is None else other / counted - 1,
+        flops_per_token=flops / (recipe.batch_size * found.length),
         flops_per_step=flops,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in found.model.parameters()),
         trained=values,
         saved_bytes=saved,
         switch_seconds=saved / READING,
         room=fit.name,
         room_bytes=round(fit.bytes),
-        fits=peak - max(0, memory.get("file", 0)) - memory.get("loading", 0) <= fit.bytes,
-        notes=tuple(notes),
+        fits=peak - memory.get("loading", 0) <= fit.bytes,
+        notes=found.notes,
         seconds=round(time.perf_counter() - started, 3),
     )
 
