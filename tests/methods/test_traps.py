@@ -43,11 +43,11 @@ def test_1_a_random_prompt_is_drawn_on_both_sides_of_zero() -> None:
     assert 0.4 < float(P.max()) <= 0.5
 
 
-def test_2_houlsby_starts_with_the_codes_deviation() -> None:
+def test_2_houlsby_starts_with_the_papers_deviation() -> None:
     """The paper's text says 1e-2, its code 1e-3 cut at two deviations, AdapterHub N(0, 0.02²)."""
     _, delta = on_linear(METHODS["houlsby"](bottleneck=64), out=512, into=512)
-    assert float(delta.D.abs().max()) <= 2e-3
-    assert float(delta.D.std()) == pytest.approx(0.88e-3, rel=0.02)
+    assert float(delta.D.abs().max()) <= 2e-2
+    assert float(delta.D.std()) == pytest.approx(0.88e-2, rel=0.02)
 
 
 def test_3_compacter_goes_after_attention_and_feed_forward() -> None:

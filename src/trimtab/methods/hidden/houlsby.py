@@ -18,9 +18,9 @@ from trimtab.core.site import Base, Site
 class Houlsby(HiddenMethod):
     """h ← h + U g(D h + d) + u, with g = GELU, on the output of a sub-layer before the residual sum.
 
-    D (bottleneck, width), U (width, bottleneck) ~ truncated N(0, 1e-3²), d and u zero: nearly the identity at first.
+    D (bottleneck, width), U (width, bottleneck) ~ truncated N(0, 1e-2²), d and u zero: nearly the identity at first.
     Costs 4·bottleneck·width multiplications per token and site, also at inference: not mergeable.
-    arXiv 1902.00751; the std is the official code's (the paper says 1e-2). `activation` may be relu or silu instead, as
+    arXiv 1902.00751; the std is the paper's (its code has 1e-3). `activation` may be relu or silu instead, as
     AdapterHub has it. The paper also trains the layer norms: put `LNTuning()` beside it.
     """
 
@@ -29,7 +29,7 @@ class Houlsby(HiddenMethod):
     learning_rate: ClassVar[float] = 1e-3
     laws: ClassVar[dict[str, str]] = {
         "merge": "the GELU between D and U",
-        "identity": "U is drawn with std 1e-3, so the first output is nearly, not exactly, the frozen one",
+        "identity": "U is drawn with std 1e-2, so the first output is nearly, not exactly, the frozen one",
     }
 
     bottleneck: int = 64
@@ -42,7 +42,7 @@ class Houlsby(HiddenMethod):
         d, m = site.out_features, self.bottleneck
 
         def drawn(*shape: int) -> nn.Parameter:
-            return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=1e-3, a=-2e-3, b=2e-3))
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=1e-2, a=-2e-2, b=2e-2))
 
         return {
             "D": drawn(m, d),
