@@ -127,3 +127,11 @@ def test_files_of_weights_begin_inside_a_line(tmp_path: Path) -> None:
     save_file({"a": torch.randn(SIDE, SIDE)}, tmp_path / "a.safetensors")
     length = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")
     assert (8 + length) % 64
+
+
+def test_a_model_of_more_than_half_the_memory_stays_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(mapped(tmp_path / "weights", 3))
+    monkeypatch.setattr("trimtab.core.mapped.memory_of_machine", lambda: 4 * BYTES - 1)
+    assert align(model) == []
+    monkeypatch.setattr("trimtab.core.mapped.memory_of_machine", lambda: 4 * BYTES)
+    assert align(model) == ["linears.0", "linears.1"]

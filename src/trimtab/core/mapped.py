@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import ctypes
 import mmap
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,17 @@ def align(model: nn.Module) -> list[str]:
     """Move large frozen matrices that do not begin at a cache line to where they do; returns the paths of their layers.
 
     Piece by piece, so that hardly more than before is in memory at any time. A mere lookup table stays, and so does
-    what nothing reads: a weight that a delta puts its own in place of, or one in codes.
+    what nothing reads: a weight that a delta puts its own in place of, or one in codes. Matrices of more than half the
+    machine's memory stay all of them: mapped, the system can drop their pages when it has to.
     """
-    moved = []
+    found: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         W = module._parameters.get("weight")
-        if W is None or isinstance(module, nn.Embedding) or not movable(W) or replaced(module):
-            continue
+        if W is not None and not isinstance(module, nn.Embedding) and movable(W) and not replaced(module):
+            found[path] = W
+    if 2 * sum(W.nbytes for W in found.values()) > memory_of_machine():
+        return []
+    for W in found.values():
         fresh = torch.empty_like(W.data)
         old, new = W.data.view(-1), fresh.view(-1)
         step = PIECE // W.element_size()
@@ -75,8 +80,12 @@ def align(model: nn.Module) -> list[str]:
             new[at : at + step] = old[at : at + step]
             let_go(old[at : at + step])
         W.data = fresh
-        moved.append(path)
-    return moved
+    return list(found)
+
+
+def memory_of_machine() -> int:
+    """Bytes of memory that the machine has: what is free now would make two runs differ."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
 
 
 def movable(W: Tensor) -> bool:

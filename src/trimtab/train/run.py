@@ -574,7 +574,7 @@ def prepare(
         packing=packing,
         group=group,
         seam=seam,
-        pieces=PIECES if recipe.faster and recipe.shard == "none" else (),
+        pieces=pieces_of(recipe, ranks),
         rate=rate,
         ratios=ratios,
         steps=steps,
@@ -754,6 +754,13 @@ def group_of(recipe: Recipe, model: nn.Module, task: str, longest: int) -> int |
     if recipe.packing in ("shared", "off"):
         raise UserError(f"packing: {recipe.packing} leaves rows without groups of their own", fix="packing: plain")
     return recipe.group or group_for(longest)
+
+
+def pieces_of(recipe: Recipe, ranks: Ranks) -> tuple[str, ...]:
+    """The fast pieces of a run. Several processes share the pages of a mapped file, and keep sharing them."""
+    if not recipe.faster or recipe.shard != "none":
+        return ()
+    return PIECES if ranks.size == 1 else tuple(one for one in PIECES if one != "aligned")
 
 
 def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: Seam | None) -> str:
