@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from trimtab.core.errors import UserError
-from trimtab.data.packing import Bag, Segment
+from trimtab.data.packing import Bag, Segment, Segments
 
 LEAST = 1 << 16
 """Bytes below which a tensor is not worth a place of its own."""
-PLAIN = (str, int, float, type(None), torch.dtype, torch.device, Segment, Bag)
+PLAIN = (str, int, float, type(None), torch.dtype, torch.device, Segment, Segments, Bag)
 
 
 class Place(Protocol):
