@@ -74,6 +74,12 @@ def test_gradients_are_those_of_all_tokens(name: str, kind: str, policy: str) ->
     assert len(few) == (1 if policy == "off" else 2)
 
 
+def test_where_most_tokens_are_read_all_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.engine.last_block.MOST", 0.1)
+    _, _, seen = step(attached("llama", "lora"), ("last",))
+    assert seen == [packed().ids.shape[1]]
+
+
 def test_whoever_reads_all_tokens_gets_them() -> None:
     model = attached("llama", "lora").eval()
     ids = packed().ids

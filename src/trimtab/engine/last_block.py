@@ -22,6 +22,8 @@ ROLES = ("o", "down")
 PARTS = "_trimtab_parts"
 """Where a swapped block keeps its token-wise parts."""
 EXACT = 1e-5
+MOST = 0.75
+"""Share of tokens that are read above which picking them out costs more than it spares."""
 
 
 def quick_last(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -59,9 +61,9 @@ def edits_weights(part: nn.Module) -> bool:
 
 @torch.no_grad()
 def token_wise(part: nn.Module) -> bool:
-    """Whether a module gives each token of (1, tokens, width) its result alone: told by trying."""
+    """Whether a module gives each token of (1, tokens, width) its result alone: told by trying, on meta by shapes."""
     W = next(part.parameters(), None)
-    if W is None or W.is_meta or not W.is_floating_point():
+    if W is None or not W.is_floating_point():
         return False
     inside = (one for one in part.modules() if isinstance(one, nn.Linear) or is_conv1d(one))
     layer: Any = part if isinstance(part, nn.Linear) or is_conv1d(part) else next(inside, None)
@@ -79,6 +81,8 @@ def token_wise(part: nn.Module) -> bool:
         part.train(training)
     if not isinstance(whole, Tensor) or not isinstance(narrow, Tensor) or whole.shape[:2] != x.shape[:2]:
         return False
+    if W.is_meta:
+        return True
     apart = (whole[:, few] - narrow).abs().max()
     return bool(apart <= max(EXACT, 8 * torch.finfo(W.dtype).eps) * whole.abs().max())
 
@@ -88,7 +92,7 @@ def last_namespace(cls: type) -> dict[str, Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         segments = kwargs.get("segments")
-        if not isinstance(segments, Segments):
+        if not isinstance(segments, Segments) or len(segments.read) > MOST * segments[-1].stop:
             return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         handles = [handle for part in self.__dict__[PARTS] for handle in narrowed(part, segments)]
         try:
