@@ -12,7 +12,7 @@ For an encoder with a label per row, a `Bag`: nothing is shared, since every tok
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -38,17 +38,6 @@ class Segment:
     stop: int
     ancestors: tuple[int, ...] = ()
     """Indices of earlier segments, root first."""
-
-
-class Segments(tuple[Segment, ...]):
-    """The segments of a pack, and `read`: the tokens, in order, at which something is predicted."""
-
-    read: Tensor
-
-    def __new__(cls, segments: Iterable[Segment], read: Tensor) -> Segments:
-        made = super().__new__(cls, segments)
-        made.read = read
-        return made
 
 
 @dataclass(frozen=True)
@@ -192,7 +181,7 @@ def pack(rows: Sequence[Encoded], share: int | None = SHARE, ends: Sequence[Ends
         ids=torch.tensor([builder.ids]),
         positions=torch.tensor([builder.positions]),
         prompts=torch.tensor([[prompts[row] for row in builder.owners]]),
-        segments=Segments(builder.segments, torch.tensor(sorted({source for source, _ in ordered}), dtype=torch.long)),
+        segments=tuple(builder.segments),
         sources=torch.tensor([source for source, _ in ordered], dtype=torch.long),
         targets=torch.tensor([target for _, target in ordered], dtype=torch.long),
         weights=torch.tensor([float(terms[one]) for one in ordered]),

@@ -23,13 +23,12 @@ from trimtab.engine.attention import segments_in
 from trimtab.engine.checkpointing import checkpointing
 from trimtab.engine.encoder import Seam, first_tokens
 from trimtab.engine.kernels import GATES, gated, gated_product, rms_norm
-from trimtab.engine.last_block import PARTS, quick_last
 from trimtab.engine.remembered import few_shapes_remembered
 from trimtab.engine.rotary import turning
 from trimtab.engine.shifted_attention import shifted_in
 from trimtab.engine.siblings import panel_of, together
 
-PIECES = ("aligned", "norms", "gates", "siblings", "rotary", "linears", "last")
+PIECES = ("aligned", "norms", "gates", "siblings", "rotary", "linears")
 EXACT = 1e-5
 
 
@@ -42,8 +41,6 @@ def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[
         replaced += [(path, module) for path, module in model.named_modules() if quick_norm(module)]
     if "gates" in pieces:
         replaced += [(path, module) for path, module in model.named_modules() if quick_gate(module)]
-    if "last" in pieces:
-        replaced += quick_last(model)
     if "linears" in pieces:
         replaced += [(path, module) for path, module in model.named_modules() if quick_linear(module)]
     try:
@@ -55,7 +52,6 @@ def faster(model: nn.Module, pieces: tuple[str, ...] = PIECES) -> Iterator[list[
         release()
         for _, module in reversed(replaced):
             unswap(module)
-            module.__dict__.pop(PARTS, None)
 
 
 @contextmanager

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from trimtab.core.errors import UserError
-from trimtab.data.packing import Bag, Segment, Segments
+from trimtab.data.packing import Bag, Segment
 
 LEAST = 1 << 16
 """Bytes below which a tensor is not worth a place of its own."""
-PLAIN = (str, int, float, type(None), torch.dtype, torch.device, Segment, Segments, Bag)
+PLAIN = (str, int, float, type(None), torch.dtype, torch.device, Segment, Bag)
 
 
 class Place(Protocol):

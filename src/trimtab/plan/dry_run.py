@@ -219,7 +219,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
         stack.enter_context(on_meta(model, recipe, batch))
         stack.enter_context(decoded_once())
         policy = "block" if recipe.checkpointing == "offload" else recipe.checkpointing
-        pieces = ("siblings", "last") if recipe.faster else ()
+        pieces = ("siblings",) if recipe.faster else ()
         stack.enter_context(
             running(model, packed=bench.packed, seam=bench.seam, pieces=pieces, policy=policy, group=bench.group)
         )
