@@ -33,7 +33,8 @@ def let_go(tensor: Tensor) -> int:
     Returns the bytes given back: 0 unless all pages are those of a file, unchanged. A page that was written to is a
     private copy, so it counts as changed and everything stays. Linux only; elsewhere the system decides by itself.
     """
-    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.layout is torch.strided
+    if sys.platform != "linux" or not plain or not tensor.is_contiguous():
         return 0
     size = mmap.PAGESIZE
     first, end = -(-tensor.data_ptr() // size), (tensor.data_ptr() + tensor.nbytes) // size
@@ -70,9 +71,10 @@ def align(model: nn.Module) -> list[str]:
         W = module._parameters.get("weight")
         if W is not None and not isinstance(module, nn.Embedding) and movable(W) and not replaced(module):
             found[path] = W
-    if 2 * sum(W.nbytes for W in found.values()) > memory_of_machine():
+    distinct = {id(W): W for W in found.values()}.values()
+    if 2 * sum(W.nbytes for W in distinct) > memory_of_machine():
         return []
-    for W in found.values():
+    for W in distinct:
         fresh = torch.empty_like(W.data)
         old, new = W.data.view(-1), fresh.view(-1)
         step = PIECE // W.element_size()
