@@ -24,7 +24,7 @@ WORDS = {
     "temporary": "temporary",
     "process": "the process itself",
     "allocator": "allocator, kernels",
-    "file": "weights' file, mapped",
+    "file": "weights that stay on disk",
     "loading": "loading, beyond a step",
 }
 """Category -> its line."""
