@@ -220,7 +220,7 @@ class Bench:
 
     def job(self, entry: Entry, rate: float | None, seed: int) -> Job:
         """A run, prepared."""
-        short, seed = seed == SHORT, max(seed, SEEDS[0])
+        short, seed = seed == SHORT, drawn_from(seed)
         recipe = recipe_from(
             {
                 **entry.recipe,
@@ -250,7 +250,7 @@ class Bench:
         found |= {"factor": factor, "seed": seed}
         clean = False
         try:
-            loaded = self.model(max(seed, SEEDS[0]))
+            loaded = self.model(drawn_from(seed))
             rate = entry.rate(width_of(loaded.model)) * factor
             job = self.job(entry, rate, seed)
             found |= {"rate": rate, "sites": sum(part["sites"] for part in job.record["method"]), "where": place(job)}
@@ -272,7 +272,7 @@ class Bench:
         except Exception as fault:
             found["problem"] = f"{type(fault).__name__}: {fault}"
         if not clean:
-            self.loaded.pop(max(seed, SEEDS[0]), None)
+            self.loaded.pop(drawn_from(seed), None)
         found |= {"peak_bytes": peak(), "total_seconds": round(time.perf_counter() - began, 2)}
         return found
 
@@ -290,6 +290,11 @@ class Bench:
             out.write(json.dumps(run) + "\n")
             out.flush()
             os.fsync(out.fileno())
+
+
+def drawn_from(seed: int) -> int:
+    """The seed that a run is drawn from."""
+    return SEEDS[0] if seed == SHORT else seed
 
 
 def place(job: Job) -> str:

@@ -90,3 +90,18 @@ def test_everything_that_trains_is_compared_and_equal_presets_once(bench_module:
     assert set(names) >= set(tt.methods())
     assert "dora" not in names  # it is `magnitude` with its own defaults
     assert "loftq" in names
+
+
+@pytest.mark.parametrize("whole", [0.4, 0.6])
+def test_short_runs_choose_a_rate_that_has_to_hold_over_all_rows(bench_module: Any, whole: float) -> None:
+    """Short runs are best at once the rate, with 0.5; where all rows do not get below that, a lower one is tried."""
+    (entry,) = bench_module.compared(bench_module.TASKS["e2e"], ["lora"])
+    short = {0.3: 0.55, 1.0: 0.5, 3.0: 0.52}
+    runs: dict[tuple[float, int], Any] = {}
+    for factor, seed in bench_module.plan(entry, RATES, runs, True):
+        loss = short[factor] if seed == bench_module.SHORT else whole if factor == 1.0 else 0.45
+        runs[factor, seed] = {"choose": {"loss": loss}}
+    tried = [at for at in runs if at[1] != bench_module.SHORT]
+    kept = 1.0 if whole < 0.5 else 0.3
+    assert tried == [(1.0, 0), *([(0.3, 0)] if kept == 0.3 else []), (kept, 1)]
+    assert bench_module.chosen(runs) == kept

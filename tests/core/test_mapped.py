@@ -36,7 +36,7 @@ def resident(file: Path) -> int:
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     for line in lines:
         if line.endswith(str(file)):
-            return sum(1024 * int(next(one for one in lines if one.startswith("Rss:")).split()[1]) for _ in "1")
+            return 1024 * next(int(one.split()[1]) for one in lines if one.startswith("Rss:"))
     return 0
 
 
@@ -131,7 +131,7 @@ def test_files_of_weights_begin_inside_a_line(tmp_path: Path) -> None:
 
 def test_a_model_of_more_than_half_the_memory_stays_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(mapped(tmp_path / "weights", 3))
-    monkeypatch.setattr("trimtab.core.mapped.memory_of_machine", lambda: 4 * BYTES - 1)
+    monkeypatch.setattr("trimtab.core.mapped.host_memory", lambda: 4 * BYTES - 1)
     assert align(model) == []
-    monkeypatch.setattr("trimtab.core.mapped.memory_of_machine", lambda: 4 * BYTES)
+    monkeypatch.setattr("trimtab.core.mapped.host_memory", lambda: 4 * BYTES)
     assert align(model) == ["linears.0", "linears.1"]

@@ -69,6 +69,11 @@ def test_merging_into_a_tied_weight_unties_it(where: str) -> None:
     assert model.config.tie_word_embeddings is False
 
 
+def begins_within(method: Any) -> float:
+    """How far the first output may be from the frozen one: Houlsby's U is drawn, not zero."""
+    return 5e-4 if isinstance(method, tt.Houlsby) else 1e-4
+
+
 @pytest.mark.parametrize(
     "method", [tt.LoRA(rank=3), tt.IA3(), tt.Houlsby(bottleneck=3)], ids=lambda one: type(one).__name__
 )
@@ -86,7 +91,7 @@ def test_a_forward_patched_on_the_instance_is_respected_and_comes_back(method: A
     layer.forward = patched
     frozen = model(x).detach()
     tt.attach(model, method, "1")
-    torch.testing.assert_close(model(x), frozen, rtol=1e-3, atol=5e-4)  # Houlsby begins near the identity only
+    torch.testing.assert_close(model(x), frozen, rtol=1e-3, atol=begins_within(method))
     assert calls == ["patched"] * 2
     twin = copy.deepcopy(moved(model))
     assert not torch.allclose(twin(x), frozen)
@@ -384,7 +389,7 @@ def test_hooks_of_accelerate_stay_in_place(method: Any) -> None:
     frozen = model(x).detach()
     torch.testing.assert_close(frozen, 2 * plain)
     tt.attach(model, method, "1")
-    torch.testing.assert_close(model(x), frozen, rtol=1e-3, atol=5e-4)  # Houlsby begins near the identity only
+    torch.testing.assert_close(model(x), frozen, rtol=1e-3, atol=begins_within(method))
     moved(model)
     assert not torch.allclose(model(x), frozen, atol=1e-3)
     tt.detach(model)

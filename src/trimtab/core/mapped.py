@@ -10,13 +10,14 @@ from __future__ import annotations
 import array
 import ctypes
 import mmap
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trimtab.core.machine import host_memory
 
 LINE = 64
 """Bytes of a cache line."""
@@ -72,7 +73,7 @@ def align(model: nn.Module) -> list[str]:
         if W is not None and not isinstance(module, nn.Embedding) and movable(W) and not replaced(module):
             found[path] = W
     distinct = {id(W): W for W in found.values()}.values()
-    if 2 * sum(W.nbytes for W in distinct) > memory_of_machine():
+    if 2 * sum(W.nbytes for W in distinct) > host_memory():  # what is free now would make two runs differ
         return []
     for W in distinct:
         fresh = torch.empty_like(W.data)
@@ -83,11 +84,6 @@ def align(model: nn.Module) -> list[str]:
             let_go(old[at : at + step])
         W.data = fresh
     return list(found)
-
-
-def memory_of_machine() -> int:
-    """Bytes of memory that the machine has: what is free now would make two runs differ."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
 
 
 def movable(W: Tensor) -> bool:

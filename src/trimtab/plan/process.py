@@ -6,11 +6,11 @@ them anew). On CUDA the context, its libraries and the allocator's rounding take
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trimtab.core.errors import UserError, nearest
+from trimtab.core.machine import host_memory
 
 BASE = 350e6
 """Bytes of Python, torch, transformers, the data and plotting libraries before a weight is read."""
@@ -123,20 +123,3 @@ def this_machine() -> Room:
     if torch.cuda.is_available():
         return Room(torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory), "cuda")
     return Room("this machine", host_memory(), "cpu")
-
-
-def host_memory() -> float:
-    """Bytes of memory that this process may have."""
-    try:
-        found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError, AttributeError):
-        return 0.0
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path, encoding="ascii") as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            found = min(found, float(text))
-    return found
