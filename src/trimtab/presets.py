@@ -24,6 +24,13 @@ def LongLoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, group: in
     return Parts([low, *dense], {"attention": "shifted", "group": group})
 
 
+def FullQGaLore(rank: int = 128, gap: int = 200) -> Parts:
+    """Full training in codes of 8 bits with projected gradients, a layer at a time (arXiv 2407.08296)."""
+    codes = find("full_int8")().at("all-linear")
+    inner = {"name": "q_galore", "rank": rank, "gap": gap}
+    return Parts([codes], {"optimizer": "in_backward", "optimizer_settings": {"inner": inner}, "clip": 0.0})
+
+
 def QLoRA(rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Parts:
     """LoRA on all linears over NF4 with double quantization, AdamW's state paged (arXiv 2305.14314)."""
     low = find("lora")(rank=rank, alpha=alpha, dropout=dropout).at("all-linear")

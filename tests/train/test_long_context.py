@@ -81,6 +81,11 @@ def test_a_preset_fills_in_what_the_recipe_leaves_open(model: Path, rows: Path) 
     assert (with_preset(open_recipe, made).attention, with_preset(open_recipe, made).group) == ("shifted", 64)
     own = recipe(model, rows, attention="full", group=8)
     assert (with_preset(own, made).attention, with_preset(own, made).group) == ("full", 8)
+    other = with_preset(recipe(model, rows, optimizer="lion"), presets.FullQGaLore())
+    assert (other.optimizer, other.optimizer_settings, other.clip) == ("lion", {}, 0.0)
+    whole = with_preset(open_recipe, presets.FullQGaLore(rank=3))
+    assert whole.optimizer == "in_backward"
+    assert whole.optimizer_settings["inner"] == {"name": "q_galore", "rank": 3, "gap": 200}
     nested = recipe_from({"model": "m", "data": "d", "method": "longlora", "settings": {"group": 12}})
     assert with_preset(nested, build_method(nested)).group == 12
 

@@ -57,6 +57,8 @@ POINTS: dict[str, dict[str, Any]] = {
     "adam8": {"optimizer": {"name": "paged", "inner": {"name": "adam8", "smallest": 1}, "smallest": 1}},
     "lomo": {"optimizer": "lomo", "clip": 0.05, "checkpointing": "block"},
     "per-layer": {"optimizer": {"in_backward": {"inner": {"name": "q_galore", "rank": 8, "gap": 2}}}, "clip": 0},
+    "in codes": {"method": "full_int8", "optimizer": {"name": "q_galore", "rank": 4, "gap": 2}, "accumulation": 2},
+    "in codes, per layer": {"method": "full_int8", "optimizer": {"in_backward": {"inner": "adam8"}}, "clip": 0.05},
     "lora+": {"optimizer": "lora_plus", "method": "lora", "settings": {"dropout": 0.2}},
     "lisa": {"active": {"name": "lisa", "layers": 1, "every": 2}, "where": "all-linear, embed, norm"},
     "several rates": {"method": "mam", "settings": {"length": 2, "bottleneck": 4}},

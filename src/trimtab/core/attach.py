@@ -227,6 +227,8 @@ def unfit(model: nn.Module, method: Method, place: Place) -> str | None:
             return f"{place.name} is read as a raw weight, so there is no input to drop out: dropout=0 there"
         if layout.kind == "experts" and method.elastic:
             return f"{place.name} is a stack of matrices, and {type(method).__name__} picks another shape for each"
+        if layout.kind == "experts" and not method.stackable:
+            return f"{place.name} is a stack of matrices, and {type(method).__name__} keeps only single ones"
         if layout.kind == "experts" and layout.bias(module) is None and type(method).weight is WeightMethod.weight:
             return f"{place.name} has no bias, and {type(method).__name__} edits nothing else"
         return None

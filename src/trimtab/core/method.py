@@ -54,6 +54,8 @@ class Method(ABC):
     """Whether a product is taken out of the frozen weight at the start, so that quantizing has to know of it."""
     replaces: ClassVar[bool] = False
     """Whether a weight of its own stands for W, which then nothing reads any more."""
+    stackable: ClassVar[bool] = True
+    """Whether its tensors can be stacked, one for each matrix of a stack of experts."""
     source: ClassVar[str] = ""
     """What it reads beside its site's input, as `base.batch.sources[source]`: `stream`, the residual stream where its
     sub-layer takes it in, or a role of its attention (`q`), whose output is meant."""

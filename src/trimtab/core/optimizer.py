@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.core.attach import drawing
 from trimtab.core.errors import UserError, listing
+from trimtab.core.rounded import Values
 from trimtab.core.transform import State, Transform, flat, named, wide
 
 
@@ -168,10 +169,10 @@ class Optimizer(torch.optim.Optimizer):
         u = self.rule.update(g, self.state[p], p)
         rate = float(group["lr"]) * group["factors"][at]
         kept = 1 - rate * group["weight_decay"]
-        if p.dtype == u.dtype:
+        if p.dtype == u.dtype and not isinstance(p, Values):
             (p if kept == 1 else p.mul_(kept)).add_(u, alpha=-rate)
         else:
-            p.copy_(p.to(u.dtype).mul_(kept).add_(u, alpha=-rate))
+            p.copy_(p.to(u.dtype, copy=True).mul_(kept).add_(u, alpha=-rate))
 
     def _hook(self, group: Mapping[str, Any], at: int) -> Callable[[Tensor], None]:
         @torch.no_grad()

@@ -34,6 +34,7 @@ from trimtab.core.files import sha256_of, write_together
 from trimtab.core.format import Format
 from trimtab.core.quantized import Taken, check_modules, same_branch
 from trimtab.core.registry import from_json, name_of, to_json
+from trimtab.core.rounded import Rounded
 from trimtab.core.select import Place
 from trimtab.core.site import OpaqueBase, RawBase, Site
 from trimtab.core.tensor_file import write_tensors
@@ -414,3 +415,5 @@ def put(holder: nn.Module, key: str, value: Tensor, model: nn.Module, trainable:
         owner._parameters[last] = nn.Parameter(value.to(device), requires_grad=old.requires_grad and trainable)
     else:
         owner._buffers[last] = value.to(device)
+        if isinstance(owner, Rounded):
+            owner.renew(trainable)

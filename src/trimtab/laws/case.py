@@ -115,7 +115,8 @@ def fits(method: Attachable, host: Host, storage: Storage) -> bool:
     if host.kind in ("raw", "experts"):
         if not isinstance(method, WeightMethod) or "linear" not in method.hosts:
             return False
-        return host.kind == "raw" or not (method.elastic or type(method).weight is WeightMethod.weight)
+        edits = type(method).weight is not WeightMethod.weight
+        return host.kind == "raw" or (method.stackable and edits and not method.elastic)
     return host.kind in method.hosts
 
 

@@ -211,7 +211,7 @@ def one_of(stacked: dict[str, Any], expert: int) -> dict[str, Any]:
 
 def numpy(value: Tensor | None) -> Any:
     """A tensor as a NumPy array; None stays None."""
-    return None if value is None else value.detach().numpy()
+    return None if value is None else value.detach().clone().numpy()
 
 
 def first(value: Any) -> Any:

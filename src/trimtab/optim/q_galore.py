@@ -29,8 +29,8 @@ class QGaLore(Transform):
     State of an (m, n) matrix with m ≤ n: Q as codes and fp32 scale and zero per 256 values, 0.53·m·rank bytes, and
     inner's state of (rank, n): 2.03·rank·n for 8-bit Adam; 24 + 4·recent for what decides the next search. Costs
     GaLore's multiplications, a decoding of Q per step, and an SVD that becomes rare.
-    arXiv 2407.08296. Its weights of 8 bits with stochastic rounding are another axis and not part of this; the official
-    code takes the cosine with its sign.
+    arXiv 2407.08296. Its weights of 8 bits with stochastic rounding are the method `full_int8`, and the preset
+    `fullqgalore` is both, a layer at a time. The official code takes the cosine with its sign.
     """
 
     paper: ClassVar[str] = "2407.08296"

@@ -28,6 +28,7 @@ from trimtab.core.format import Format
 from trimtab.core.method import Placed
 from trimtab.core.optimizer import Optimizer
 from trimtab.core.registry import name_of
+from trimtab.core.rounded import kept_in
 from trimtab.core.swap import swap
 from trimtab.data.batches import collate
 from trimtab.data.encode import Encoded
@@ -208,9 +209,10 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
     model, recipe = bench.model, bench.recipe
     trained = [p for p in model.parameters() if p.requires_grad]
     live = live or Live()
-    ids = {id(p) for p in trained}
+    held = [tensor for p in trained for tensor in kept_in(p)]
+    ids = {id(tensor) for tensor in held}
     live.declare((t for t in tensors_of(model) if id(t) not in ids), "weights")
-    live.declare(trained, "adapter")
+    live.declare(held, "adapter")
     deltas = [module for module in model.modules() if isinstance(module, Delta)]
     terms = terms_of(batch)
     moved = on(batch, torch.device("meta"))
@@ -259,7 +261,7 @@ def dry_run(bench: Bench, batch: Batch, live: Live | None = None) -> Counted:
         flops=live.flops,
         tokens=tokens,
         trained=sum(p.numel() for p in trained),
-        adapter_bytes=sum(p.numel() * p.element_size() for p in trained),
+        adapter_bytes=sum(tensor.nbytes for tensor in held),
         state_bytes=live.now["optimizer"],
     )
 

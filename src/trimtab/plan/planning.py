@@ -151,7 +151,7 @@ def whole(found: Found, fit: Room, through: int, values: int, started: float) ->
     recipe, live, formula, dry = found.recipe, found.live, found.formula, found.dry
     extra = beside(recipe, live, found.model, fit, DTYPES[recipe.dtype], through)
     memory = {**live, **{name: round(size) for name, size in extra.items()}}
-    peak, saved = sum(memory.values()), 4 * values
+    peak, saved = sum(memory.values()), 4 * values if dry is None else dry.adapter_bytes
     other = None if formula is None else formula.peak
     counted = None if dry is None else sum(dry.live.values())
     flops = float(dry.flops) if dry is not None else 0.0

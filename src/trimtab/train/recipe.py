@@ -429,10 +429,9 @@ def made_with(name: str, made: Any, defaults: Mapping[str, Any], settings: Mappi
 def with_preset(recipe: Recipe, method: Any) -> Recipe:
     """The recipe with what its preset wants where it says nothing itself (`None`, `auto`, or what it says unasked)."""
     wanted = getattr(method, "recipe", {})
-    unsaid = {key: (None, "auto", fields()[key].default) for key in wanted}
-    return dataclasses.replace(
-        recipe, **{key: value for key, value in wanted.items() if getattr(recipe, key) in unsaid[key]}
-    )
+    unsaid = [key for key in wanted if getattr(recipe, key) in (None, "auto", {}, fields()[key].default)]
+    taken = [key for key in unsaid if key.removesuffix("_settings") in unsaid]  # settings are those of what they set
+    return dataclasses.replace(recipe, **{key: wanted[key] for key in taken})
 
 
 def typed(value: Any, default: Any) -> Any:

@@ -17,6 +17,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.method import Method
 from trimtab.core.optimizer import Optimizer
 from trimtab.core.registry import name_of
+from trimtab.core.rounded import Values
 from trimtab.core.transform import Transform
 from trimtab.train.recipe import Recipe, build_named
 
@@ -66,7 +67,7 @@ def optimizer_of(recipe: Recipe, model: nn.Module, rate: float, ratios: Ratios) 
     """The optimizer of a run. AdamW is torch's, whose fused kernel is the same rule."""
     rule = rule_of(recipe)
     groups = groups_of(model, rate, ratios)
-    if name_of(type(rule)) == "adamw":
+    if name_of(type(rule)) == "adamw" and not any(isinstance(p, Values) for p in model.parameters()):
         adam = {key: getattr(rule, key) for key in ("beta1", "beta2", "epsilon")}
         return torch.optim.AdamW(
             groups,
@@ -159,7 +160,9 @@ class Point:
 
     def decides_alone(self) -> bool:
         """Whether a method decides something by the rows of its own process."""
-        return any("distributed" in one.laws or name_of(type(one)) == "auto_prompt" for one in self.methods)
+        excused = {name_of(type(one)) for one in self.methods if "distributed" in one.laws}
+        alone = excused - {"full_int8"}  # which only FSDP2's cutting is against
+        return bool(alone) or any(name_of(type(one)) == "auto_prompt" for one in self.methods)
 
     def measures_again(self) -> bool:
         """Whether a method measures the frozen weights anew while it trains."""
