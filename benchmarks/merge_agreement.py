@@ -22,9 +22,9 @@ import torch
 import transformers
 
 from trimtab.cli.main import main as trimtab
-from trimtab.data.encode import inference_prompt
 from trimtab.data.forms import detect, examples
 from trimtab.data.reading import read
+from trimtab.data.wording import inference_prompt
 from trimtab.interop import shards
 from trimtab.interop.opening import opened
 

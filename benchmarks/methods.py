@@ -39,8 +39,10 @@ import trimtab as tt
 from trimtab.catalog import attachable, describe, entries, parts_of
 from trimtab.compare.runs import peak, trace
 from trimtab.core.registry import to_json
-from trimtab.data.encode import EncodedSet, encode_all, labels_of
+from trimtab.data.encode import encode_all
+from trimtab.data.encoded import EncodedSet
 from trimtab.data.forms import Labelled, PromptCompletion, detect, examples, split, take
+from trimtab.data.labelled import labels_of
 from trimtab.data.reading import read
 from trimtab.models.loading import Loaded, load
 from trimtab.models.starters import quiet_transformers

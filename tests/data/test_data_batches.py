@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from trimtab.core.errors import UserError
 from trimtab.data.batches import IGNORED, batches, collate, token_count
-from trimtab.data.encode import Encoded, encode_all
+from trimtab.data.encode import encode_all
+from trimtab.data.encoded import Encoded
 from trimtab.data.forms import PromptCompletion
 
 PAD = 2

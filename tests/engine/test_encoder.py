@@ -24,7 +24,7 @@ from transformers import (
 
 import trimtab as tt
 from trimtab.data.batches import collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.packing import bag
 from trimtab.engine.checkpointing import POLICIES
 from trimtab.engine.encoder import Seam, exact, seam_of

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 import trimtab as tt
 from trimtab.core.batch import prompts
 from trimtab.core.positions import marks
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.packing import Pack, pack
 from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.faster import running

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import trimtab as tt
 from trimtab.data.batches import collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.packing import pack
 from trimtab.engine.attention import can_pack, segments_in
 from trimtab.engine.loss import loss_sum, terms_of

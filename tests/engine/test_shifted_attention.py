@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import trimtab as tt
 from trimtab.data.batches import collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.packing import Segment, pack
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum

@@ -13,7 +13,7 @@ import trimtab as tt
 from trimtab import laws
 from trimtab.core.delta import Delta
 from trimtab.core.site import RawBase, Site
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.packing import pack
 from trimtab.engine.attention import can_pack, segments_in
 from trimtab.engine.loss import loss_sum

@@ -15,7 +15,7 @@ from tests.train.processes import Asked, adapter, apart, copied, settings_of, to
 
 from trimtab import laws
 from trimtab.core.errors import UserError
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.shares import shares
 from trimtab.train.recipe import recipe_from
 from trimtab.train.run import resume, tune

@@ -19,7 +19,7 @@ from trimtab.train.recipe import CHOICES, pairs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trimtab.data.encode import Encoded, EncodedSet
+    from trimtab.data.encoded import Encoded, EncodedSet
     from trimtab.data.forms import Example
 
 LONGEST = 600

@@ -268,7 +268,7 @@ def labels_of(subject: Subject, rows: Sequence[Any]) -> Any:
     """The classes in the order the model has them."""
     if subject.task != "classify" or subject.labels is None:
         return None
-    from trimtab.data.encode import labels_of as found_in
+    from trimtab.data.labelled import labels_of as found_in
 
     known, found = [str(one) for one in subject.labels], found_in(rows)
     if unknown := sorted({str(one) for one in found} - set(known)):
@@ -281,8 +281,8 @@ def generated(
     subject: Subject, rows: Sequence[Any], wanted: Sequence[str], options: Options
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Greedy answers to every distinct prompt, scored against all its completions."""
-    from trimtab.data.encode import inference_prompt
     from trimtab.data.forms import PromptCompletion
+    from trimtab.data.wording import inference_prompt
     from trimtab.evaluate.generate import generate
     from trimtab.evaluate.overlap import corpus_scores
     from trimtab.evaluate.text import exact_match, token_f1

@@ -118,8 +118,8 @@ def answers_of(directory: Path, prompts: Sequence[str]) -> dict[str, list[str]]:
 
 def answered(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """The greedy answer to each prompt, worded as training rows are."""
-    from trimtab.data.encode import inference_prompt
     from trimtab.data.forms import PromptCompletion
+    from trimtab.data.wording import inference_prompt
     from trimtab.evaluate.generate import generate
 
     ids = [inference_prompt(PromptCompletion(prompt, ""), tokenizer) for prompt in prompts]

@@ -54,8 +54,8 @@ class Talk:
 
     def prompt_ids(self, text: str, history: list[dict[str, str]]) -> list[int]:
         """The token ids to answer from, worded as in training; the oldest turns go when there are too many tokens."""
-        from trimtab.data.encode import inference_prompt, source_ids
         from trimtab.data.forms import PromptCompletion, Text
+        from trimtab.data.wording import inference_prompt, source_ids
         from trimtab.evaluate.generate import room_of
 
         if self.task == "seq2seq":
@@ -114,7 +114,7 @@ class Talk:
     def add(self, name: str, run: Run, first: Run) -> None:
         """Load a further run's adapter over the same base. Errors: it was tuned on another base or worded otherwise."""
         from trimtab.core.save import load
-        from trimtab.data.encode import require_same_words
+        from trimtab.data.wording import require_same_words
         from trimtab.train.base import calibration, format_of
         from trimtab.train.rundir import ADAPTER, takes_out
 

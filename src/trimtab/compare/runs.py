@@ -22,9 +22,10 @@ from trimtab.compare.setup import PARTS, Entry, Setup, key_of
 from trimtab.core.attach import detach
 from trimtab.core.errors import UserError
 from trimtab.core.files import sha256_of
-from trimtab.data.encode import EncodedSet, inference_prompt
+from trimtab.data.encoded import EncodedSet
 from trimtab.data.forms import Example, PromptCompletion, detect, examples, take
 from trimtab.data.reading import read
+from trimtab.data.wording import inference_prompt
 from trimtab.evaluate.reference import BUILT_IN, NONE, reference_loss
 from trimtab.evaluate.rows import RowScores, each_row
 from trimtab.models.loading import Loaded, load, writing_task

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from trimtab.core.errors import UserError
 from trimtab.core.product import product
+from trimtab.core.site import Base, LinearBase
 from trimtab.core.transform import wide
 
 GROUP = 256
@@ -178,6 +179,14 @@ def remade(owner: Rounded, shape: Sequence[int], dtype: torch.dtype, device: tor
 def kept_in(parameter: Tensor) -> list[Tensor]:
     """The tensors that hold the values of a parameter: itself, but for one whose values are codes."""
     return list(parameter.owner.buffers()) if isinstance(parameter, Values) else [parameter]
+
+
+def rounded_product(x: Tensor, base: Base, V: Rounded, b: Tensor | None) -> Tensor:
+    """The site's product with V (out, in) and b (out) in the place of its own weight and bias."""
+    if not isinstance(base, LinearBase):
+        return base.affine(x, V.weight().to(x.dtype), b)
+    y: Tensor = V(x)
+    return y if b is None else y + b
 
 
 class _Read(torch.autograd.Function):

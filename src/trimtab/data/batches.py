@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import UserError
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 
 IGNORED = -100
 """The label of a position that is not trained: what torch's cross entropy ignores."""

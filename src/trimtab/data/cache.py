@@ -18,8 +18,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.data.encode import Encoded, EncodedSet, Report, encode_all, fingerprint
+from trimtab.data.encode import encode_all
+from trimtab.data.encoded import Encoded, EncodedSet, Report
 from trimtab.data.forms import Example, Labelled
+from trimtab.data.wording import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

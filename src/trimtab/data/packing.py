@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.positions import Ends, marks
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 
 SHARE = 16
 """Fewest common tokens worth a segment of their own."""

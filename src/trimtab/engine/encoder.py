@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import UserError
 from trimtab.core.select import select
 from trimtab.data.batches import collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.packing import bag
 from trimtab.engine.attention import plain_attention, reads_positions, segments_in
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trimtab.data.batches import batches, collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.evaluate.loss import pearson
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trimtab.data.batches import batches, collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.engine.ranks import ALONE, Ranks
 

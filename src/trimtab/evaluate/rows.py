@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import prompts
 from trimtab.data.batches import IGNORED, batches, collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.engine.loss import only_positions
 
 

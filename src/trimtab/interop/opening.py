@@ -117,7 +117,7 @@ def of_adapter(adapter: Path, model: str | None, device: str, verb: str) -> Open
             fix="name the model it was trained on",
         )
     if notes.get("tokenizer"):
-        from trimtab.data.encode import require_same_words
+        from trimtab.data.wording import require_same_words
 
         require_same_words(base.tokenizer, notes["tokenizer"], model)
     load(base.model, adapter, trainable=False)

@@ -31,7 +31,7 @@ from trimtab.core.registry import name_of
 from trimtab.core.rounded import kept_in
 from trimtab.core.swap import swap
 from trimtab.data.batches import collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.packing import Pack, bag, pack
 from trimtab.engine.attention import can_pack, edited_ends, reads_positions
 from trimtab.engine.encoder import Seam, candidates

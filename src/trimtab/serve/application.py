@@ -22,8 +22,8 @@ from starlette.routing import Route
 
 from trimtab import __version__
 from trimtab.core.errors import UserError, nearest
-from trimtab.data.encode import inference_prompt
 from trimtab.data.forms import PromptCompletion, Text
+from trimtab.data.wording import inference_prompt
 from trimtab.serve import protocol
 from trimtab.serve.engine import Done, Engine, Failed, Job, Piece, QueueFull
 from trimtab.serve.opening import Served, Wording

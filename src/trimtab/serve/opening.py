@@ -199,7 +199,7 @@ def one_format(quantize: str | None, sources: Sequence[Source]) -> tuple[Format 
 def checked(source: Source, base: str, loaded: Loaded, format: Format | None, usual: str) -> Wording:
     """How an adapter words its prompts; an error where it does not belong to this base as it is served."""
     from trimtab.core.save import RECORD, read_record
-    from trimtab.data.encode import require_same_words
+    from trimtab.data.wording import require_same_words
     from trimtab.train.base import format_of
 
     notes, run = notes_of(source), source.run

@@ -18,7 +18,7 @@ from trimtab.core.format import Format
 from trimtab.core.registry import to_json
 
 if TYPE_CHECKING:
-    from trimtab.data.encode import EncodedSet
+    from trimtab.data.encoded import EncodedSet
     from trimtab.train.recipe import Recipe
     from trimtab.train.reporter import Reporter
 

@@ -29,8 +29,9 @@ from trimtab.core.save import save
 from trimtab.core.settle import settle
 from trimtab.data.batches import batches, collate
 from trimtab.data.cache import encode_cached
-from trimtab.data.encode import Encoded, EncodedSet, labels_of
+from trimtab.data.encoded import Encoded, EncodedSet
 from trimtab.data.forms import Example, detect, examples, held_amount, share_in_use, split, take
+from trimtab.data.labelled import labels_of
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
 from trimtab.data.shares import shares

@@ -34,7 +34,7 @@ class Run:
         """The model with the trained adapter, ready to use, and its tokenizer; refuses a base that has changed."""
         from trimtab.core.codes import load_codes
         from trimtab.core.save import load as load_adapter
-        from trimtab.data.encode import require_same_words
+        from trimtab.data.wording import require_same_words
         from trimtab.models.loading import fingerprint
         from trimtab.models.loading import load as load_model
 

@@ -25,7 +25,7 @@ from trimtab.core.merge import merge
 from trimtab.core.quantized import quantized_modules
 from trimtab.core.save import adapter_tensors, load, save
 from trimtab.data.batches import IGNORED, batches, collate
-from trimtab.data.encode import Encoded
+from trimtab.data.encoded import Encoded
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.checkpointing import POLICIES, checkpointing

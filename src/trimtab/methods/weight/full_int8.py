@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.method import WeightMethod
-from trimtab.core.rounded import Rounded
-from trimtab.core.site import Base, LinearBase, Site
+from trimtab.core.rounded import Rounded, rounded_product
+from trimtab.core.site import Base, Site
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,4 @@ class FullInt8(WeightMethod):
         return b if b is None else p.c
 
     def forward(self, x: Tensor, base: Base, p: Any) -> Tensor:
-        if not isinstance(base, LinearBase):
-            return super().forward(x, base, p)
-        y: Tensor = p.V(x)
-        return y if base.bias is None else y + p.c
+        return rounded_product(x, base, p.V, self.bias(base.bias, p))
