@@ -41,9 +41,11 @@ from trimtab.compare.runs import peak, trace
 from trimtab.core.registry import to_json
 from trimtab.data.encode import encode_all
 from trimtab.data.encoded import EncodedSet
-from trimtab.data.forms import Labelled, PromptCompletion, detect, examples, split, take
+from trimtab.data.examples import Labelled, PromptCompletion
+from trimtab.data.forms import detect, examples
 from trimtab.data.labelled import labels_of
 from trimtab.data.reading import read
+from trimtab.data.splitting import split, take
 from trimtab.models.loading import Loaded, load
 from trimtab.models.starters import quiet_transformers
 from trimtab.train.interrupt import Stopped

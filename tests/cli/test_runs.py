@@ -146,7 +146,7 @@ def test_a_curve_of_many_of_one_and_of_no_numbers() -> None:
 
 def answer_in_python(run: Path, prompt: str, count: int, adapter: str | None = "default") -> str:
     from trimtab.core.attach import activate
-    from trimtab.data.forms import PromptCompletion
+    from trimtab.data.examples import PromptCompletion
     from trimtab.data.wording import inference_prompt
     from trimtab.evaluate.generate import generate
     from trimtab.train.rundir import open_run

@@ -11,7 +11,7 @@ from trimtab.core.errors import UserError
 from trimtab.data.batches import IGNORED, batches, collate, token_count
 from trimtab.data.encode import encode_all
 from trimtab.data.encoded import Encoded
-from trimtab.data.forms import PromptCompletion
+from trimtab.data.examples import PromptCompletion
 
 PAD = 2
 ROWS = [Encoded([5, 6, 7, 2], [False, False, True, True]), Encoded([8, 2], [True, True])]

@@ -11,7 +11,7 @@ import pytest
 from trimtab.data import cache
 from trimtab.data.cache import encode_cached
 from trimtab.data.encode import encode_all
-from trimtab.data.forms import Labelled, PromptCompletion, Text
+from trimtab.data.examples import Labelled, PromptCompletion, Text
 
 ROWS = [PromptCompletion(f"What is the capital {n}?", f"Paris {n}, the café", row=n) for n in range(1, 9)]
 SETTINGS: dict[str, Any] = {"max_length": 64, "truncation": "right"}

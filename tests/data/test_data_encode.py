@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trimtab.core.errors import UserError
 from trimtab.data.encode import encode, encode_all
-from trimtab.data.forms import Conversation, Labelled, Message, PromptCompletion, Text
+from trimtab.data.examples import Conversation, Labelled, Message, PromptCompletion, Text
 from trimtab.data.wording import fingerprint, inference_prompt
 
 QUESTION = PromptCompletion("What is the capital of France?", "Paris.")

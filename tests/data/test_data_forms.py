@@ -9,18 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.core.errors import UserError
-from trimtab.data.forms import (
-    Conversation,
-    Labelled,
-    Message,
-    PromptCompletion,
-    Text,
-    detect,
-    examples,
-    split,
-    take,
-)
+from trimtab.data.examples import Conversation, Labelled, Message, PromptCompletion, Text
+from trimtab.data.forms import detect, examples
 from trimtab.data.reading import Table
+from trimtab.data.splitting import split, take
 
 
 def table(*rows, kind="jsonl"):

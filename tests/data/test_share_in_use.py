@@ -6,7 +6,7 @@ import pytest
 
 from trimtab.compare.setup import JUDGED
 from trimtab.core.errors import UserError
-from trimtab.data.forms import held_amount, share_in_use
+from trimtab.data.splitting import held_amount, share_in_use
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.serve.conftest import METHODS, serving, wait_for
 
 import trimtab as tt
 from trimtab.core.errors import UserError
-from trimtab.data.forms import PromptCompletion
+from trimtab.data.examples import PromptCompletion
 from trimtab.data.wording import inference_prompt
 from trimtab.evaluate.generate import generate
 

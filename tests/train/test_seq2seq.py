@@ -13,7 +13,7 @@ from tests.cli.conftest import WORDS, save_model, tokenizer, write_rows
 from trimtab.core.errors import UserError
 from trimtab.data.batches import collate, token_count
 from trimtab.data.encode import encode_all
-from trimtab.data.forms import Conversation, Message, PromptCompletion, Text
+from trimtab.data.examples import Conversation, Message, PromptCompletion, Text
 from trimtab.engine.loss import loss_sum
 from trimtab.evaluate.generate import generate
 from trimtab.train.recipe import recipe_from

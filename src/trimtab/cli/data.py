@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trimtab.data.encoded import Encoded, EncodedSet
-    from trimtab.data.forms import Example
+    from trimtab.data.examples import Example
 
 LONGEST = 600
 """Characters of a field or a piece that are shown."""

@@ -234,7 +234,8 @@ def measured(
     if "choices" in wanted:
         scores |= choices(subject, table.rows[: options.limit], str(table.path))
     if set(wanted) - {"choices"}:
-        from trimtab.data.forms import detect, examples, take
+        from trimtab.data.forms import detect, examples
+        from trimtab.data.splitting import take
 
         rows = examples(table, detect(table, given or None))
         if "loss" in wanted:
@@ -281,7 +282,7 @@ def generated(
     subject: Subject, rows: Sequence[Any], wanted: Sequence[str], options: Options
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Greedy answers to every distinct prompt, scored against all its completions."""
-    from trimtab.data.forms import PromptCompletion
+    from trimtab.data.examples import PromptCompletion
     from trimtab.data.wording import inference_prompt
     from trimtab.evaluate.generate import generate
     from trimtab.evaluate.overlap import corpus_scores

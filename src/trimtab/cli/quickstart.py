@@ -118,7 +118,7 @@ def answers_of(directory: Path, prompts: Sequence[str]) -> dict[str, list[str]]:
 
 def answered(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """The greedy answer to each prompt, worded as training rows are."""
-    from trimtab.data.forms import PromptCompletion
+    from trimtab.data.examples import PromptCompletion
     from trimtab.data.wording import inference_prompt
     from trimtab.evaluate.generate import generate
 

@@ -54,7 +54,7 @@ class Talk:
 
     def prompt_ids(self, text: str, history: list[dict[str, str]]) -> list[int]:
         """The token ids to answer from, worded as in training; the oldest turns go when there are too many tokens."""
-        from trimtab.data.forms import PromptCompletion, Text
+        from trimtab.data.examples import PromptCompletion, Text
         from trimtab.data.wording import inference_prompt, source_ids
         from trimtab.evaluate.generate import room_of
 
@@ -156,7 +156,7 @@ class Talk:
 
         from trimtab.data.batches import collate
         from trimtab.data.encode import encode
-        from trimtab.data.forms import Labelled
+        from trimtab.data.examples import Labelled
 
         first, tab, second = text.partition("\t")
         labels = self.record.get("labels")

@@ -23,8 +23,10 @@ from trimtab.core.attach import detach
 from trimtab.core.errors import UserError
 from trimtab.core.files import sha256_of
 from trimtab.data.encoded import EncodedSet
-from trimtab.data.forms import Example, PromptCompletion, detect, examples, take
+from trimtab.data.examples import Example, PromptCompletion
+from trimtab.data.forms import detect, examples
 from trimtab.data.reading import read
+from trimtab.data.splitting import take
 from trimtab.data.wording import inference_prompt
 from trimtab.evaluate.reference import BUILT_IN, NONE, reference_loss
 from trimtab.evaluate.rows import RowScores, each_row

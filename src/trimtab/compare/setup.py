@@ -13,8 +13,9 @@ from typing import Any
 from trimtab.catalog import attachable, describe, look_up
 from trimtab.core.errors import UserError, listing
 from trimtab.core.registry import to_json
-from trimtab.data.forms import detect, examples, held_amount, share_in_use, split, take
+from trimtab.data.forms import detect, examples
 from trimtab.data.reading import Table, read
+from trimtab.data.splitting import held_amount, share_in_use, split, take
 from trimtab.evaluate.reference import BUILT_IN
 from trimtab.train.recipe import method_settings
 

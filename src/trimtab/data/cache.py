@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.data.encode import encode_all
 from trimtab.data.encoded import Encoded, EncodedSet, Report
-from trimtab.data.forms import Example, Labelled
+from trimtab.data.examples import Example, Labelled
 from trimtab.data.wording import fingerprint
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.core.errors import UserError, listing
 from trimtab.data.encoded import Encoded, EncodedSet, Labels, Report
-from trimtab.data.forms import Example
+from trimtab.data.examples import Example
 from trimtab.data.wording import Chat, Plain, fingerprint_of
 
 if TYPE_CHECKING:

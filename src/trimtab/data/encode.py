@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from trimtab.core.errors import UserError, listing
 from trimtab.data.counting import Counts, Settings, finished, numbered, refuse_over_long
 from trimtab.data.encoded import Encoded, EncodedSet, Labels
-from trimtab.data.forms import Example, Labelled, Text
+from trimtab.data.examples import Example, Labelled, Text
 from trimtab.data.labelled import CHUNK, encode_labelled
 from trimtab.data.wording import (
     Chat,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
-from trimtab.data.forms import Label
+from trimtab.data.examples import Label
 
 Labels = tuple[Label, ...] | Literal["regression"]
 """The classes in the order of their numbers, or that labels are numbers to regress to."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.data.counting import Counts, Settings, finished, numbered, refuse_over_long
 from trimtab.data.encoded import Encoded, EncodedSet, Labels
-from trimtab.data.forms import Label, Labelled
+from trimtab.data.examples import Label, Labelled
 from trimtab.data.wording import own_texts, special_pattern
 
 if TYPE_CHECKING:

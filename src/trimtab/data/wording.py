@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trimtab.core.errors import UserError, listing, nearest
-from trimtab.data.forms import Conversation, Example, Labelled, Message, PromptCompletion, Text
+from trimtab.data.examples import Conversation, Example, Labelled, Message, PromptCompletion, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

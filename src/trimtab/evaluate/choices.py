@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
 from trimtab.data.encode import encode_all
-from trimtab.data.forms import PromptCompletion
+from trimtab.data.examples import PromptCompletion
 from trimtab.evaluate.generate import evaluating
 
 if TYPE_CHECKING:

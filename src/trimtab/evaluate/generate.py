@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
 from trimtab.data.encode import encode
-from trimtab.data.forms import PromptCompletion
+from trimtab.data.examples import PromptCompletion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.core.errors import UserError
 from trimtab.data.encode import encode_all
-from trimtab.data.forms import Text
+from trimtab.data.examples import Text
 from trimtab.evaluate.rows import each_row
 
 BUILT_IN, NONE = "built-in", "none"

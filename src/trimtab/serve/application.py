@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from trimtab import __version__
 from trimtab.core.errors import UserError, nearest
-from trimtab.data.forms import PromptCompletion, Text
+from trimtab.data.examples import PromptCompletion, Text
 from trimtab.data.wording import inference_prompt
 from trimtab.serve import protocol
 from trimtab.serve.engine import Done, Engine, Failed, Job, Piece, QueueFull

@@ -30,11 +30,13 @@ from trimtab.core.settle import settle
 from trimtab.data.batches import batches, collate
 from trimtab.data.cache import encode_cached
 from trimtab.data.encoded import Encoded, EncodedSet
-from trimtab.data.forms import Example, detect, examples, held_amount, share_in_use, split, take
+from trimtab.data.examples import Example
+from trimtab.data.forms import detect, examples
 from trimtab.data.labelled import labels_of
 from trimtab.data.packing import SHARE, bag, pack
 from trimtab.data.reading import read
 from trimtab.data.shares import shares
+from trimtab.data.splitting import held_amount, share_in_use, split, take
 from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES, running
