@@ -49,9 +49,11 @@ from trimtab.data.splitting import split, take
 from trimtab.models.loading import Loaded, load
 from trimtab.models.starters import quiet_transformers
 from trimtab.train.interrupt import Stopped
+from trimtab.train.job import Job
+from trimtab.train.prepare import PROBE_RATE, prepare, width_of
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import PROBE_RATE, Job, prepare, train, width_of
+from trimtab.train.run import train
 from trimtab.train.rundir import versions
 
 RESULTS = Path(__file__).parent / "results" / "methods"

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import prepare, train
+from trimtab.train.run import train
 
 RESULTS = Path(__file__).parent / "results"
 MATRIX = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_linear_pointwise", "mkldnn_linear")

@@ -32,9 +32,9 @@ WARM, BATCH, RATE = 5, 32, 2e-3
 
 def job_of(asked: argparse.Namespace) -> Any:
     """Our job: model, rows and method, ready to train."""
+    from trimtab.train.prepare import prepare
     from trimtab.train.recipe import recipe_from
     from trimtab.train.reporter import Reporter
-    from trimtab.train.run import prepare
 
     values = {
         "model": str(copy) if (copy := asked.folder / "model").is_dir() else "minilm-l6",

@@ -38,9 +38,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def job_of(asked: argparse.Namespace) -> Any:
     """Our job: model, rows and method, ready to train."""
+    from trimtab.train.prepare import prepare
     from trimtab.train.recipe import recipe_from
     from trimtab.train.reporter import Reporter
-    from trimtab.train.run import prepare
 
     recipe = recipe_from(
         {

@@ -126,8 +126,8 @@ def as_process(cell: dict[str, Any], steps: int) -> dict[str, Any]:
 def foretold(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     """What is predicted for the process now."""
     from trimtab.plan.of_run import predicted
+    from trimtab.train.prepare import prepare
     from trimtab.train.reporter import Reporter
-    from trimtab.train.run import prepare
 
     with tempfile.TemporaryDirectory() as folder:
         return predicted(prepare(recipe_of(cell, Path(folder), steps), Reporter()))

@@ -11,9 +11,10 @@ import torch
 
 from trimtab.core.quantized import quantized_modules
 from trimtab.train.interrupt import Stopped
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import prepare, resume, tune
+from trimtab.train.run import resume, tune
 from trimtab.train.rundir import open_run
 
 SHORT = ["--steps", "6", "--learning-rate", "1e-2", "--rank", "4", "--json"]

@@ -11,9 +11,9 @@ from tests.cli.conftest import WORDS, save_model, write_rows
 
 from trimtab.evaluate.loss import evaluate
 from trimtab.evaluate.rows import each_row
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import prepare
 
 
 def job(folder: Path, architecture: str, method: str) -> Any:

@@ -9,9 +9,9 @@ import pytest
 from tests.cli.conftest import WORDS, save_model, write_rows
 
 from trimtab.plan.of_run import predicted
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import prepare
 
 METHODS = ("lora", "prefix_tuning", "prompt_tuning", "llama_adapter", "loreft")
 

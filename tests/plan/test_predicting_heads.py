@@ -13,9 +13,9 @@ from trimtab.core.errors import UserError
 from trimtab.models.loading import outline
 from trimtab.plan.of_run import predicted
 from trimtab.plan.planning import unread
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import prepare
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])

@@ -16,9 +16,10 @@ from trimtab.engine.shifted_attention import group_for
 from trimtab.evaluate.loss import evaluate
 from trimtab.models.context import lengthen
 from trimtab.models.loading import load
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import build_method, recipe_from, with_preset
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import prepare, tune
+from trimtab.train.run import tune
 from trimtab.train.rundir import open_run
 
 OWN, LONG = 32, 96

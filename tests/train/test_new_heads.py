@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tests.cli.conftest import WORDS, save_model, write_rows
 
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import prepare
 from trimtab.train.updates import Updates
 
 HEAD = 32 * 2 + 2

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from trimtab.engine.ranks import ALONE, Ranks
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import carry_out, prepare
+from trimtab.train.run import carry_out
 
 IMPORTS = """
 import json, sys, torch, transformers
@@ -22,7 +23,8 @@ from pathlib import Path
 transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 before = set(sys.modules)
 from trimtab.train.recipe import recipe_from
-from trimtab.train.run import carry_out, prepare
+from trimtab.train.prepare import prepare
+from trimtab.train.run import carry_out
 from trimtab.train.reporter import Reporter
 carry_out(prepare(recipe_from(json.loads(sys.argv[2])), Reporter()), Reporter())
 new = sorted(name for name in set(sys.modules) - before if name.startswith("torch.distributed"))

@@ -14,9 +14,10 @@ import trimtab as tt
 from trimtab.core.errors import UserError
 from trimtab.train import checkpoint, updates
 from trimtab.train.find_rate import find_rate
+from trimtab.train.prepare import prepare, width_of
 from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import prepare, resume, tune, width_of
+from trimtab.train.run import resume, tune
 from trimtab.train.rundir import open_run, write_start
 
 

@@ -162,8 +162,8 @@ def recipe_of(text: str) -> Any:
 
 def parts_of(recipe: Any, model: Any) -> list[Placed]:
     """What a recipe attaches, and where."""
+    from trimtab.train.prepare import placed_parts
     from trimtab.train.recipe import build_method
-    from trimtab.train.run import placed_parts
 
     return placed_parts(build_method(recipe), recipe.where, [], model)
 

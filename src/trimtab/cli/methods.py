@@ -90,7 +90,7 @@ def count_on(source: str, kept: Sequence[dict[str, Any]]) -> None:
     """Put what each entry comes to on a model under `on_model`."""
     from trimtab.catalog import on_model
     from trimtab.models.loading import outline
-    from trimtab.train.run import width_of
+    from trimtab.train.prepare import width_of
 
     model = outline(source, progress=lambda line: say(line, err=True))
     width = width_of(model)

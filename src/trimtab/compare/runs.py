@@ -33,9 +33,11 @@ from trimtab.evaluate.rows import RowScores, each_row
 from trimtab.models.loading import Loaded, load, writing_task
 from trimtab.models.starters import quiet_transformers
 from trimtab.train import rundir
+from trimtab.train.job import Job
+from trimtab.train.prepare import encoded, label_names, prepare, task_of
 from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import Job, carry_out, encoded, label_names, prepare, task_of, train
+from trimtab.train.run import carry_out, train
 
 RESULTS, RUNS, ROWS = "results.jsonl", "runs", "rows"
 SHOTS = 4

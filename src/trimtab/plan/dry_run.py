@@ -40,8 +40,9 @@ from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.models.loading import DTYPES
 from trimtab.plan.live import Live
 from trimtab.train.base import format_of, quantize_left, require_dense
+from trimtab.train.prepare import group_of, placed_parts
 from trimtab.train.recipe import Recipe, build_method
-from trimtab.train.run import add_penalties, group_of, placed_parts
+from trimtab.train.run import add_penalties
 from trimtab.train.updates import rule_of, schedule_of
 
 

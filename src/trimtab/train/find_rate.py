@@ -15,9 +15,10 @@ from trimtab.core.files import write_together
 from trimtab.data.batches import batches
 from trimtab.engine.loss import loss_sum, terms_of
 from trimtab.train import checkpoint
+from trimtab.train.job import Job
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import Recipe
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import Job, prepare
 from trimtab.train.updates import Updates
 
 PLOT = "learning_rates.png"

@@ -24,8 +24,8 @@ from trimtab.train import rundir
 from trimtab.train.interrupt import Interrupt, Stopped
 
 if TYPE_CHECKING:
+    from trimtab.train.job import Job
     from trimtab.train.reporter import Reporter
-    from trimtab.train.run import Job
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.checkpointing import POLICIES, checkpointing
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum, on, terms_of
+from trimtab.train.job import Job
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import Recipe
 from trimtab.train.reporter import Reporter
-from trimtab.train.run import Job, prepare
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Largest difference of a gradient relative to its largest entry; anything coarser gets `COARSE` roundings."""
