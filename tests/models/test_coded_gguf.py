@@ -17,7 +17,8 @@ from trimtab.core.errors import UserError
 from trimtab.core.quantized import quantized_modules
 from trimtab.interop.gguf_model import write_gguf_model
 from trimtab.models.coded.gguf_blocks import BYTES, coded, format_of
-from trimtab.models.loading import fingerprint, load
+from trimtab.models.fingerprints import fingerprint
+from trimtab.models.loading import load
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2)}

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.core.errors import UserError
-from trimtab.models import loading
-from trimtab.models.loading import Loaded, check_directory, fingerprint, load
+from trimtab.models import fingerprints, loading
+from trimtab.models.files import check_directory
+from trimtab.models.fingerprints import fingerprint
+from trimtab.models.loading import Loaded, load
 
 Make = Callable[..., Path]
 
@@ -113,7 +115,7 @@ def test_dtype_auto_on_a_cpu(model_directory: Make, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_dtype_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    kind, note = loading._auto_dtype(torch.device("cuda"))
+    kind, note = loading.auto_dtype(torch.device("cuda"))
     assert kind == (torch.bfloat16 if capability >= (8, 0) else torch.float32)
     assert (note is None) == (kind == torch.float32)
 
@@ -306,7 +308,7 @@ def test_a_hub_id_with_a_local_copy(model_directory: Make, tmp_path: Path, sourc
     (repository / "refs" / "main").write_text(revision)
     shutil.move(model_directory("LlamaForCausalLM"), repository / "snapshots" / revision)
     script = (
-        "from trimtab.models.loading import load, fingerprint\n"
+        "from trimtab.models.fingerprints import fingerprint\nfrom trimtab.models.loading import load\n"
         "loaded = load('some/model', device='cpu', dtype='float32')\n"
         "print(loaded.directory.name, loaded.notes, len(fingerprint(loaded)))\n"
     )
@@ -565,8 +567,8 @@ def test_the_fingerprint_of_big_weights_samples_every_tensor(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fingerprint(llama)
-    monkeypatch.setattr(loading, "FULL_HASH_BYTES", 0)
-    monkeypatch.setattr(loading, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(fingerprints, "FULL_HASH_BYTES", 0)
+    monkeypatch.setattr(fingerprints, "SAMPLE_BYTES", 64)
     sampled = fingerprint(llama)
     assert sampled not in (whole, "")
 
@@ -593,8 +595,8 @@ def test_the_fingerprint_of_a_module(llama: Path) -> None:
 
 
 def test_the_fingerprint_of_a_big_module(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "FULL_HASH_BYTES", 0)
-    monkeypatch.setattr(loading, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(fingerprints, "FULL_HASH_BYTES", 0)
+    monkeypatch.setattr(fingerprints, "SAMPLE_BYTES", 64)
     model = load(llama, device="cpu").model
     before = fingerprint(model)
     with torch.no_grad():

@@ -421,7 +421,8 @@ def test_minilm() -> None:
     """Downloads 84 MB the first time; a sentence is nearer to its paraphrase than to another."""
     import torch
 
-    from trimtab.models.loading import fingerprint, load
+    from trimtab.models.fingerprints import fingerprint
+    from trimtab.models.loading import load
 
     loaded = load("minilm-l6", task="classify", labels=["no", "yes"], dtype="float32", device="cpu")
     assert loaded.new_modules == ("classifier",)

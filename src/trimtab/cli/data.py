@@ -185,7 +185,8 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, a starter or a hub id; no weights are read."""
     from transformers import AutoTokenizer
 
-    from trimtab.models.loading import asked, tokenizer_problems
+    from trimtab.models.files import tokenizer_problems
+    from trimtab.models.loading import asked
     from trimtab.models.starters import fetch, quiet_transformers, starters
 
     directory = Path(model).expanduser()

@@ -93,7 +93,7 @@ def of_run(run: Run, device: str) -> Opened:
 
 def of_adapter(adapter: Path, model: str | None, device: str, verb: str) -> Opened:
     """An adapter of ours that lies alone: its base has to be named, and has to be the one it was trained on."""
-    from trimtab.models.loading import fingerprint
+    from trimtab.models.fingerprints import fingerprint
     from trimtab.models.loading import load as load_model
 
     record = read_record(adapter)
@@ -140,7 +140,8 @@ def base_named(adapter: Path) -> str | None:
 def stored_dtype(source: str) -> str:
     """The type a base model is stored in, which a conversion keeps; `auto` where that is not known."""
     from trimtab.interop.shards import DTYPES, files_of, header_of
-    from trimtab.models.loading import directory_of, is_coded
+    from trimtab.models.files import is_coded
+    from trimtab.models.loading import directory_of
 
     directory = directory_of(source)
     if directory is not None and is_coded(directory):  # floats in its files are scales

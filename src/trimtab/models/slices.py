@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trimtab.models import loading
-from trimtab.models.loading import DTYPES, TASKS, Loaded
+from trimtab.models.files import TASKS, check_directory, is_coded, weights_in
+from trimtab.models.loading import DTYPES, Loaded
 from trimtab.models.starters import quiet_transformers
 
 
@@ -51,22 +52,22 @@ def hollow(
     None where the weights have to be loaded in one piece: a model that is not in a local directory, whose tensors have
     other names in the files, or with buffers that its configuration does not give.
     """
-    location, directory = loading._locate(source, None)
+    location, directory = loading.located(source, None)
     if directory is None:
         return None
-    loading.check_directory(directory, task="causal")
-    if loading.is_coded(directory):
+    check_directory(directory, task="causal")
+    if is_coded(directory):
         return None
-    files, _ = loading._weights(directory, "causal")
-    kind, note = (DTYPES[dtype], None) if dtype != "auto" else loading._auto_dtype(device)
+    files, _ = weights_in(directory, "causal")
+    kind, note = (DTYPES[dtype], None) if dtype != "auto" else loading.auto_dtype(device)
     slices = Slices(tuple(files), kind)
     with quiet_transformers():
-        config = loading._config(location, source, hub=False)
-        loading._check_task(config, source, "causal")
+        config = loading.config_of(location, source, hub=False)
+        loading.check_task(config, source, "causal")
         notes = [note] if note else []
         if context is not None:
             notes.append(loading.lengthen(config, context, str(source)))
-        tokenizer = loading._tokenizer(location, source)
+        tokenizer = loading.tokenizer_of(location, source)
         loader = getattr(importlib.import_module("transformers"), TASKS["causal"][0])
         with torch.device("meta"):
             model = loader.from_config(config, dtype=kind).eval()
@@ -74,8 +75,8 @@ def hollow(
             return None
         if any(tuple(slices.places[n].get_slice(n).get_shape()) != tuple(p.shape) for n, p in model.named_parameters()):
             return None
-        notes += loading._set_padding(model, tokenizer, source)
-    length = loading._max_length(model, tokenizer)
+        notes += loading.set_padding(model, tokenizer, source)
+    length = loading.longest_input(model, tokenizer)
     made = Loaded(model, tokenizer, str(source), directory, "causal", kind, device, length, (), tuple(notes))
     return made, slices
 

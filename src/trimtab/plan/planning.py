@@ -183,9 +183,9 @@ def settled(recipe: Recipe, fit: Room) -> Recipe:
     """`dtype: auto` as the device would have it."""
     if recipe.dtype != "auto":
         return recipe
-    from trimtab.models.loading import _auto_dtype
+    from trimtab.models.loading import auto_dtype
 
-    found = torch.bfloat16 if fit.kind != "cpu" else _auto_dtype(torch.device("cpu"))[0]
+    found = torch.bfloat16 if fit.kind != "cpu" else auto_dtype(torch.device("cpu"))[0]
     return replace(recipe, dtype=str(found).removeprefix("torch."))
 
 

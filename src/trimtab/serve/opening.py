@@ -69,7 +69,7 @@ def open_served(
     from trimtab.core.attach import activate
     from trimtab.core.codes import load_codes
     from trimtab.interop.load import load as load_adapter
-    from trimtab.models.loading import fingerprint
+    from trimtab.models.fingerprints import fingerprint
     from trimtab.models.loading import load as load_model
     from trimtab.models.starters import quiet_transformers
     from trimtab.train.base import quantize_left, require_dense

@@ -31,10 +31,12 @@ from trimtab.engine.faster import PIECES
 from trimtab.engine.loss import loss_sum, on
 from trimtab.engine.ranks import ALONE, Ranks
 from trimtab.engine.shifted_attention import can_shift, group_for
-from trimtab.models.loading import Loaded, fingerprint, writing_task
+from trimtab.models.fingerprints import fingerprint
+from trimtab.models.loading import Loaded, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.models.starters import home
 from trimtab.train import base, rundir
+from trimtab.train.job import MEASURED_ROWS, Job, statistics_of
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in
@@ -42,8 +44,6 @@ from trimtab.train.updates import Point, ratios_of, refuse, rule_of, schedule_of
 
 if TYPE_CHECKING:
     from trimtab.models.slices import Slices
-
-from trimtab.train.job import MEASURED_ROWS, Job, statistics_of
 
 PROBE_RATE = 2e-2
 """Learning rate where only a new head trains, on frozen features: at the rate of full fine-tuning it hardly moves."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,18 +25,14 @@ from trimtab.engine.loss import loss_sum, terms_of
 from trimtab.engine.ranks import Ranks, joined
 from trimtab.train import base, checkpoint, rundir
 from trimtab.train.interrupt import Interrupt, Stopped
+from trimtab.train.job import Job
+from trimtab.train.prepare import prepare
 from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.recipe import Recipe
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
 from trimtab.train.updates import Updates
 from trimtab.train.writer import Writer
-
-if TYPE_CHECKING:
-    pass
-
-from trimtab.train.job import Job
-from trimtab.train.prepare import prepare
 
 SECONDS_BETWEEN = 60.0
 """Seconds between checkpoints where the recipe does not say."""

@@ -35,7 +35,7 @@ class Run:
         from trimtab.core.codes import load_codes
         from trimtab.core.save import load as load_adapter
         from trimtab.data.wording import require_same_words
-        from trimtab.models.loading import fingerprint
+        from trimtab.models.fingerprints import fingerprint
         from trimtab.models.loading import load as load_model
 
         known = self.record["model"]
