@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.select import KINDS, ROLES, Place, layers, places, select, stacks
+from trimtab.core.places import Place, layers, places, stacks
+from trimtab.core.select import KINDS, ROLES, select
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import trimtab.families
 from trimtab.core.errors import UserError
 from trimtab.core.family import family_of, regions, tables
-from trimtab.core.select import Place, places, readings, select, stacks
+from trimtab.core.places import Place, places, readings, stacks
+from trimtab.core.select import select
 
 TYPES = sorted(tables())
 PLAIN = Counter(q=2, k=2, v=2, o=2, gate=2, up=2, down=2, attn=2, ffn=2, block=2)

@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from trimtab.core.family import family_of, guess
-from trimtab.core.select import layers, places, select, stacks
+from trimtab.core.places import layers, places, stacks
+from trimtab.core.select import select
 
 WIDE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.select import places
+from trimtab.core.places import places
 from trimtab.core.transform import Transform
 
 

@@ -41,9 +41,10 @@ from trimtab.core.install import (
 )
 from trimtab.core.mapped import let_go_replaced
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
+from trimtab.core.places import Place, Reading, places, readings
 from trimtab.core.quantized import Taken, check_modules, quantize_module, quantize_without
 from trimtab.core.registry import name_of
-from trimtab.core.select import Place, Reading, places, readings, select
+from trimtab.core.select import select
 from trimtab.core.site import Base, Known, RawBase, Site
 
 SHARED = "trimtab_shared"

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from trimtab.core.delta import Deltas, State
 from trimtab.core.errors import UserError
-from trimtab.core.select import Place
+from trimtab.core.places import Place
 from trimtab.core.site import Base, ModuleBase
 from trimtab.core.swap import inner_forward
 

@@ -17,7 +17,7 @@ from trimtab.core.site import Base, Edited, Known, splice
 
 if TYPE_CHECKING:
     from trimtab.core.format import Format
-    from trimtab.core.select import Place
+    from trimtab.core.places import Place
 
 
 class Group(nn.Module):

@@ -2,7 +2,7 @@
 
 A table file `trimtab/families/<name>.py` holds one `FAMILY = Family(...)`. Core never imports the tables by name: they
 are found when the first model is looked at. A model no table knows gets a `Family` made up by `guess` from its own
-shapes and names, so one engine (`trimtab.core.select`) serves both.
+shapes and names, so one engine (`trimtab.core.places`) serves both.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
 from trimtab.core.install import is_raw, raw_weight
-from trimtab.core.select import Place, select
+from trimtab.core.places import Place
+from trimtab.core.select import select
 from trimtab.core.site import is_conv1d
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]

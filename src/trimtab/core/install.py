@@ -23,7 +23,7 @@ from trimtab.core.attention import AttentionDeltas, edited_attention
 from trimtab.core.batch import follow
 from trimtab.core.delta import Cast, Delta, Deltas, State
 from trimtab.core.errors import UserError
-from trimtab.core.select import Place, Reading
+from trimtab.core.places import Place, Reading
 from trimtab.core.site import (
     Base,
     Conv1DBase,

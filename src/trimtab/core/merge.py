@@ -13,8 +13,8 @@ from trimtab.core.delta import Cast, Delta, Deltas, check_names, edited_modules,
 from trimtab.core.errors import UserError, listing
 from trimtab.core.install import RawDeltas, edit_raw, plain_base, uninstall
 from trimtab.core.method import WeightMethod
+from trimtab.core.places import Place
 from trimtab.core.quantized import Code, dequantize_module, quantize_module
-from trimtab.core.select import Place
 from trimtab.core.site import RawBase, is_conv1d
 
 POLICIES = ("exact", "dense", "requantize")

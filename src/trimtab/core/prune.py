@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import parameter_of
-from trimtab.core.select import Place, select
+from trimtab.core.places import Place
+from trimtab.core.select import select
 
 
 def prune(

@@ -32,10 +32,10 @@ from trimtab.core.delta import Adapter, Delta, Group, Part, State, build, check_
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.files import sha256_of, write_together
 from trimtab.core.format import Format
+from trimtab.core.places import Place
 from trimtab.core.quantized import Taken, check_modules, same_branch
 from trimtab.core.registry import from_json, name_of, to_json
 from trimtab.core.rounded import Rounded
-from trimtab.core.select import Place
 from trimtab.core.site import OpaqueBase, RawBase, Site
 from trimtab.core.tensor_file import write_tensors
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
+from trimtab.core.places import Place
 from trimtab.core.registry import find
 from trimtab.core.save import plain_class
-from trimtab.core.select import Place, select
+from trimtab.core.select import select
 from trimtab.interop.peft_prompts import layers_of, rotation, turned
 from trimtab.interop.saved import Draft, Saved, assemble, places_by_path
 

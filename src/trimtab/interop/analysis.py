@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from trimtab.core.attach import site_at
 from trimtab.core.delta import Delta, State, check_names, require_state
 from trimtab.core.errors import UserError, listing
+from trimtab.core.places import Place
 from trimtab.core.save import deltas_of
-from trimtab.core.select import Place
 from trimtab.interop.to_lora import CUT, difference, overlapping
 
 EXACT = 2048

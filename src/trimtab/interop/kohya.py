@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from trimtab.core.attach import site_at
 from trimtab.core.delta import State
 from trimtab.core.errors import UserError, nearest
+from trimtab.core.places import Place
 from trimtab.core.registry import find
 from trimtab.core.save import plain_class
-from trimtab.core.select import Place
 from trimtab.interop.saved import Draft, Saved, assemble, places_by_path
 
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_", "lycoris_", "")

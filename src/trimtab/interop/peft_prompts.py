@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from trimtab.core.batch import stack_of
 from trimtab.core.errors import UserError
+from trimtab.core.places import Place, places
 from trimtab.core.registry import find
-from trimtab.core.select import Place, places, select
+from trimtab.core.select import select
 from trimtab.interop.peft_table import Tensors, refuse
 from trimtab.interop.saved import Draft, SavedPart
 

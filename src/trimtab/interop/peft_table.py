@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
 from trimtab.core.low_rank import key_of
-from trimtab.core.select import Place
+from trimtab.core.places import Place
 from trimtab.core.site import Site
 from trimtab.interop.saved import SavedPart, SavedSite
 

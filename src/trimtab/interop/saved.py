@@ -18,6 +18,7 @@ from trimtab.core.attach import site_at
 from trimtab.core.delta import State, check_names, require_state
 from trimtab.core.errors import listing
 from trimtab.core.method import Method
+from trimtab.core.places import Place, places
 from trimtab.core.registry import from_json, name_of, to_json
 from trimtab.core.save import (
     VERSION,
@@ -30,7 +31,6 @@ from trimtab.core.save import (
     whole,
     write_adapter,
 )
-from trimtab.core.select import Place, places
 
 
 @dataclass

@@ -21,7 +21,7 @@ from trimtab.core.delta import Cast, Delta, Group
 from trimtab.core.errors import UserError, listing
 from trimtab.core.install import RawWeight, edit_raw
 from trimtab.core.merge import tied_parameters
-from trimtab.core.select import Place
+from trimtab.core.places import Place
 from trimtab.core.site import is_conv1d, splice
 from trimtab.interop.saved import Saved, SavedPart, SavedSite
 

@@ -19,9 +19,9 @@ from trimtab.core.delta import Delta, State, check_names, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.install import edit_raw, is_raw, plain_base, raw_weight
 from trimtab.core.low_rank import LowRank
+from trimtab.core.places import Place
 from trimtab.core.registry import find
 from trimtab.core.save import deltas_of
-from trimtab.core.select import Place
 from trimtab.core.site import RawBase
 from trimtab.interop.saved import Draft, Saved, assemble
 

@@ -16,8 +16,8 @@ from trimtab.core.errors import UserError
 from trimtab.core.install import plain_base
 from trimtab.core.merge import merge
 from trimtab.core.method import WeightMethod
+from trimtab.core.places import Place
 from trimtab.core.quantized import Code, dequantize
-from trimtab.core.select import Place
 from trimtab.laws.case import Case, excuses, sites_of
 from trimtab.laws.hosts import TOKENS, Alone, Host
 from trimtab.laws.judging import close, codes, move, require, same_bits, trainable

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from trimtab.core.delta import Delta, Group, Part, edited_modules
 from trimtab.core.install import is_raw, plain_base, raw_weight
 from trimtab.core.method import InputMethod
+from trimtab.core.places import Place
 from trimtab.core.save import deltas_of
-from trimtab.core.select import Place
 from trimtab.core.site import kind_of
 from trimtab.laws.case import FP64, Case, methods_in, title
 from trimtab.laws.judging import Broken, NotApplicable, close, require
