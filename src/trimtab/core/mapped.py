@@ -7,7 +7,6 @@ process's memory for as long as the file is mapped, also when the weight it hold
 
 from __future__ import annotations
 
-import array
 import ctypes
 import mmap
 import sys
@@ -25,7 +24,7 @@ SMALL = 1 << 16
 """Entries of a matrix below which it stays where it is."""
 PIECE = 1 << 23
 """Bytes that are copied before their pages are let go."""
-PRESENT, SWAPPED, OF_A_FILE = 1 << 63, 1 << 62, 1 << 61  # Linux, Documentation/admin-guide/mm/pagemap.rst
+SWAPPED, OF_A_FILE = 1 << 62, 1 << 61  # Linux, Documentation/admin-guide/mm/pagemap.rst
 
 
 def let_go(tensor: Tensor) -> int:
@@ -48,15 +47,17 @@ def let_go(tensor: Tensor) -> int:
 
 def all_of_a_file(first: int, end: int) -> bool:
     """Whether those of these pages that are in memory are a file's, unchanged, and there is at least one."""
-    flags = array.array("Q")
     try:
         with Path("/proc/self/pagemap").open("rb") as pages:
             pages.seek(8 * first)
-            flags.frombytes(pages.read(8 * (end - first)))
+            found = bytearray(pages.read(8 * (end - first)))
     except (OSError, ValueError):
         return False
-    here = [one for one in flags if one & (PRESENT | SWAPPED)]
-    return bool(here) and all(one & PRESENT and one & OF_A_FILE for one in here)
+    if not found or len(found) % 8:
+        return False
+    flags = torch.frombuffer(found, dtype=torch.int64)
+    here = flags[flags < 0]  # the highest bit: in memory
+    return len(here) > 0 and bool((here & OF_A_FILE != 0).all()) and not bool((flags & SWAPPED).any())
 
 
 @torch.no_grad()

@@ -54,7 +54,9 @@ class Recipe:
     steps: int | None = option(None, "Optimizer steps; overrides epochs.", "training")
     batch_size: int = option(8, "Rows per forward pass.", "training")
     accumulation: int = option(1, "Forward passes per optimizer step.", "training")
-    learning_rate: float | None = option(None, "Peak learning rate; default: the method's own.", "training")
+    learning_rate: float | None = option(
+        None, "Peak learning rate, of a preset's first part; default: the method's own.", "training"
+    )
     equal_rates: bool = option(
         False, "One learning rate for every part of a preset; default: in the ratio of their own rates.", "training"
     )
