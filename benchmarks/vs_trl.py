@@ -1,14 +1,15 @@
 """Our training step against TRL's SFTTrainer with PEFT: same rows in the same order, same start, optimizer, precision.
 
     python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3] [--checkpointing]
-        [--dtype float32|bfloat16] [--avx2]
+        [--dtype float32|bfloat16] [--avx2] [--quantize affine]
 
 DIR holds `e2e/trainset.csv.gz` and `instruct/alpaca_part.json`. Each side runs in processes of its own, alternately,
 `--rounds` times; the first two steps warm up and are not timed. Both sides start from one LoRA (rank 8, all linears,
 drawn by us and copied into PEFT) and see the same batches, so their losses must agree. TRL gets the settings that ran
 fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. `--avx2` keeps torch,
-oneDNN and MKL of both sides to AVX2 where the machine has more. Writes
-`benchmarks/results/vs_trl-<task>[-checkpointing][-bfloat16][-avx2].json`.
+oneDNN and MKL of both sides to AVX2 where the machine has more. `--quantize affine` keeps our linear weights in groups of
+four bits, as the starter's own file does (their values stay, but for rounding in fp32); TRL's stay dense. Writes
+`benchmarks/results/vs_trl-<task>[-checkpointing][-bfloat16][-avx2][-affine].json`.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def job_of(asked: argparse.Namespace) -> Any:
             "truncation": "drop",
             "checkpointing": asked.checkpointing,
             "dtype": asked.dtype,
+            "quantize": asked.quantize,
             "output": str(asked.folder / f"run-{os.getpid()}"),
         }
     )
@@ -221,6 +223,7 @@ def main() -> None:
     reader.add_argument("--checkpointing", action="store_true")
     reader.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     reader.add_argument("--avx2", action="store_true")
+    reader.add_argument("--quantize", default="none", help="how we keep the frozen linear weights")
     reader.add_argument("--loss-type", default="nll", help="TRL's")
     reader.add_argument("--side", choices=("ours", "trl", "rows"), help=argparse.SUPPRESS)
     reader.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -266,6 +269,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "cpu": "AVX2" if asked.avx2 else torch.backends.cpu.get_cpu_capability(),
             "precision": asked.dtype,
+            "our_frozen_weights": asked.quantize,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -277,6 +281,7 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     kind = ("" if asked.dtype == "float32" else f"-{asked.dtype}") + ("-avx2" if asked.avx2 else "")
+    kind += "" if asked.quantize == "none" else f"-{asked.quantize}"
     name = f"vs_trl-{asked.task}{'-checkpointing' if asked.checkpointing else ''}{kind}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=2))
