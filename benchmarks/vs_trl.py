@@ -7,7 +7,7 @@ DIR holds `e2e/trainset.csv.gz` and `instruct/alpaca_part.json`. Each side runs 
 `--rounds` times; the first two steps warm up and are not timed. Both sides start from one LoRA (rank 8, all linears,
 drawn by us and copied into PEFT) and see the same batches, so their losses must agree. TRL gets the settings that ran
 fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. `--avx2` keeps torch,
-oneDNN and MKL of both sides to AVX2 where the machine has more. `--quantize affine` keeps our linear weights in groups of
+oneDNN and MKL of both sides to AVX2 where the machine has more. `--quantize affine` keeps our frozen linear weights in
 four bits, as the starter's own file does (their values stay, but for rounding in fp32); TRL's stay dense. Writes
 `benchmarks/results/vs_trl-<task>[-checkpointing][-bfloat16][-avx2][-affine].json`.
 """
@@ -223,7 +223,7 @@ def main() -> None:
     reader.add_argument("--checkpointing", action="store_true")
     reader.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     reader.add_argument("--avx2", action="store_true")
-    reader.add_argument("--quantize", default="none", help="how we keep the frozen linear weights")
+    reader.add_argument("--quantize", help="how we keep the frozen linear weights")
     reader.add_argument("--loss-type", default="nll", help="TRL's")
     reader.add_argument("--side", choices=("ours", "trl", "rows"), help=argparse.SUPPRESS)
     reader.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -269,7 +269,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "cpu": "AVX2" if asked.avx2 else torch.backends.cpu.get_cpu_capability(),
             "precision": asked.dtype,
-            "our_frozen_weights": asked.quantize,
+            "our_frozen_weights": asked.quantize or "dense",
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -281,7 +281,7 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     kind = ("" if asked.dtype == "float32" else f"-{asked.dtype}") + ("-avx2" if asked.avx2 else "")
-    kind += "" if asked.quantize == "none" else f"-{asked.quantize}"
+    kind += f"-{asked.quantize}" if asked.quantize else ""
     name = f"vs_trl-{asked.task}{'-checkpointing' if asked.checkpointing else ''}{kind}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=2))
