@@ -51,6 +51,8 @@ MORE: dict[str, dict[str, Any]] = {
     "diff-pruning": {**LONG, "method": "diff_pruning", "where": "q", "steps": 8},
 }
 """What takes longer: methods, optimizers and schedules with state."""
+CODES: dict[str, Any] = {**LONG, "method": "full_int8", "steps": 5}
+"""Weights that each process rounds at random by itself."""
 WAYS: dict[str, dict[str, Any]] = {"whole": {}, "spread": {"shard": "full", "checkpointing": "block"}}
 BOUNDS = {"step": 1e-6, "pissa": 1e-6}
 """How far the adapter may be from one process's, after one step and after many."""
@@ -100,6 +102,7 @@ def told(base: dict[str, Any], folder: Path) -> dict[str, list[str]]:
     jobs["lomo"] = Asked(taken(base, {"method": "full", "optimizer": "lomo"}))
     jobs["lora_drop"] = Asked(taken(base, {"method": "lora_drop"}))
     jobs["full"] = Asked(taken(base, {"method": "full", "shard": "full"}))
+    jobs["codes"] = Asked(taken(base, CODES))
     jobs["hybrid"] = Asked({**base, **LONG, "shard": "hybrid"}, machines=2)
     jobs["missing"] = Asked({**base, "model": "no-such-model"})
     found = together(jobs, folder)
@@ -129,6 +132,19 @@ def test_two_processes_train_what_one_does(
     assert ours["kept_step"] == theirs["kept_step"]
     assert ours["processes"] == 2
     assert "processes" not in theirs
+
+
+def test_processes_that_round_at_random_round_alike(told: dict[str, list[str]], base: Any, folder: Path) -> None:
+    assert told["codes"] == ["done", "done"]
+    run_alone(base, {"codes": CODES}, folder / "by-itself")
+    ours, theirs = (json.loads((folder / one / "run.json").read_text()) for one in ("codes", "by-itself/codes"))
+    assert ours["after"]["loss"] == pytest.approx(theirs["after"]["loss"], rel=1e-4)
+    assert ours["after"]["loss"] < 0.995 * ours["before"]["loss"]
+    one, other = (adapter(folder / where) for where in ("codes", "by-itself/codes"))
+    codes = [key for key in one if key.endswith("codes")]
+    apart = [(one[key].int() - other[key].int()).abs() for key in codes]
+    assert max(int(steps.max()) for steps in apart) <= 1  # a sum in another order may fall on the other side of a draw
+    assert sum(int(steps.sum()) for steps in apart) < 0.001 * sum(steps.numel() for steps in apart)
 
 
 def test_a_step_moved_something(told: dict[str, list[str]], folder: Path) -> None:
