@@ -64,7 +64,7 @@ def save(
     target = Path(directory)
     adapter = state.adapters[name]
     adapter, held = baked(model, adapter) if bake else (adapter, adapter_tensors(model, name))
-    tensors = {key: whole(value.detach()).cpu().contiguous() for key, value in held.items()}
+    tensors = {key: whole(value.detach()) for key, value in held.items()}
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return target
     write_adapter(target, describe(model, adapter), tensors, notes or {})

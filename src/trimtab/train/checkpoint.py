@@ -44,15 +44,15 @@ class Snapshot:
     step: int
     record: dict[str, Any]
     tensors: dict[str, Tensor]
-    """On the CPU; those of the run itself unless they were copied."""
+    """Those of the run itself, where it has them, unless they were copied."""
 
     @property
     def nbytes(self) -> int:
         return sum(one.nbytes for one in self.tensors.values())
 
     def copied(self) -> Snapshot:
-        """The same, which later steps do not change."""
-        return replace(self, tensors={key: value.clone() for key, value in self.tensors.items()})
+        """The same on the CPU, which later steps do not change."""
+        return replace(self, tensors={key: value.to("cpu", copy=True) for key, value in self.tensors.items()})
 
 
 def snapshot(
@@ -73,7 +73,7 @@ def snapshot(
             else:
                 numbers[f"{index}.{key}"] = value
     tensors |= {f"random.{device}": state for device, state in random_states()}
-    held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    held = {key: value.detach() for key, value in tensors.items()}
     return Snapshot(step, {"step": step, "counters": dict(counters), "optimizer": numbers}, held)
 
 
