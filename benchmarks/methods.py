@@ -37,7 +37,7 @@ import torch
 
 import trimtab as tt
 from trimtab.catalog import attachable, describe, entries, parts_of
-from trimtab.compare.runs import peak, trace
+from trimtab.compare.runs import forget, peak, trace
 from trimtab.core.registry import to_json
 from trimtab.data.encode import encode_all
 from trimtab.data.encoded import EncodedSet
@@ -251,7 +251,7 @@ class Bench:
     def run(self, entry: Entry, factor: float, seed: int, best: float) -> dict[str, Any]:
         """Train and measure; the test rows only where the loss on the selection rows is below `best`."""
         began = time.perf_counter()
-        reset_peak()
+        forget()
         found: dict[str, Any] = {"key": self.key(entry, factor, seed), "name": entry.name, "kind": entry.kind}
         found |= {"factor": factor, "seed": seed}
         clean = False
@@ -306,15 +306,6 @@ def drawn_from(seed: int) -> int:
 def place(job: Job) -> str:
     """Where the method went."""
     return ", ".join(part["where"] for part in job.record["method"])
-
-
-def reset_peak() -> None:
-    """Begin the process's peak memory anew, where the system can."""
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 Runs = Mapping[tuple[float, int], Mapping[str, Any]]
