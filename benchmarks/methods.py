@@ -60,6 +60,8 @@ RESULTS = Path(__file__).parent / "results" / "methods"
 SEEDS = (0, 1)
 SHORT = -1
 """Stands for the seed of a run over `choosing_rows`; it has the first seed."""
+SETTINGS = {"embedding_rows": {"tokens": "0:4096"}}
+"""Other settings than the default, where that says nothing of a task: no row has the last tokens of a vocabulary."""
 BEYOND = ((0.1, 0.03), (10.0, 30.0))
 """Rates that are tried, one after the other, while the best is the outermost."""
 
@@ -139,6 +141,7 @@ def compared(task: Task, globs: Sequence[str]) -> list[Entry]:
         seen.append(made)
         quantize = "quantize" in describe(name, kind)["needs"]
         recipe = {"method": name} | ({"quantize": "nf4"} if quantize else {})
+        recipe |= {"settings": SETTINGS[name]} if name in SETTINGS else {}
         found.append(Entry(name, recipe, made, kind.removesuffix("s"), probe if name == "headonly" else None))
     return [one for one in found if any(fnmatchcase(one.name, glob) for glob in globs)]
 

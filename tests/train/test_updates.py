@@ -228,3 +228,16 @@ def test_a_run_directory_of_another_optimizer_loads(values: dict[str, Any], tmp_
     known = open_run(tmp_path / "run")
     assert known.recipe.optimizer == "sgd"
     assert known.load("cpu")[0] is not None
+
+
+def test_rows_of_an_embedding_that_no_row_reads_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    """A run would end as it began."""
+    asked = {**values, "method": "embedding_rows", "learning_rate": 0.01, "output": str(tmp_path / "run")}
+    job = prepare(recipe_from({**asked, "settings": {"tokens": ":"}}), Reporter())
+    seen = {token for row in job.train_rows for token in row.ids}
+    absent = next(token for token in range(job.model.config.vocab_size) if token not in seen)
+    with pytest.raises(UserError, match=rf"none of its tokens \({absent}\)"):
+        tune(recipe_from({**asked, "settings": {"tokens": str(absent)}}))
+    assert not (tmp_path / "run").exists()
+    result = tune(recipe_from({**asked, "settings": {"tokens": f"{absent}, {max(seen)}, {min(seen)}"}}))
+    assert result.after["loss"] != result.before["loss"]

@@ -117,6 +117,10 @@ class Method(ABC):
         """Decide something over all sites (name -> p) together, with what `statistics` names measured again."""
         return None
 
+    def only_at(self, vocabulary: int) -> Sequence[int] | None:
+        """The token ids without which it changes nothing and learns nothing; None: any will do."""
+        return None
+
     def bake(self, p: Any) -> tuple[Method, dict[str, Tensor]] | None:
         """The method without what only training needs, and its tensors at this site; None when all of it is needed."""
         return None

@@ -16,7 +16,7 @@ from trimtab.core.delta import Delta, require_state
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
 from trimtab.core.method import InputMethod, Method, Placed
-from trimtab.core.registry import find, to_json
+from trimtab.core.registry import find, name_of, to_json
 from trimtab.data.batches import collate
 from trimtab.data.cache import encode_cached
 from trimtab.data.encoded import EncodedSet
@@ -101,6 +101,7 @@ def prepare(
     parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules, model)]
     reserved = sum(part.method.virtual_tokens for part in parts if isinstance(part.method, InputMethod))
     train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples, reserved)
+    require_seen(parts, train_rows, model)
     for note in (*loaded.notes, *train_rows.report.notes):
         tell.note(note)
 
@@ -335,6 +336,20 @@ def worded(part: Placed, tokenizer: Any) -> Placed:
         return part
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     return Placed(dataclasses.replace(part.method, tokens=ids), part.where)  # type: ignore[call-arg]
+
+
+def require_seen(parts: Sequence[Placed], rows: EncodedSet, model: Any) -> None:
+    """Refuse a method for some tokens, of which none occurs in what it is to learn from."""
+    table = model.get_input_embeddings()
+    for part in parts:
+        wanted = None if table is None else part.method.only_at(len(table.weight))
+        if wanted is None or any(not set(wanted).isdisjoint([*row.ids, *(row.source or ())]) for row in rows):
+            continue
+        name, ids = name_of(type(part.method)), listing(map(str, wanted), 8)
+        raise UserError(
+            f"{name}: none of its tokens ({ids}) occurs in the training rows, so it would learn nothing",
+            fix="name tokens that do: --tokens with ids and ranges, such as 5,100:110",
+        )
 
 
 def laid_out(part: Placed, steps: int, tell: Reporter) -> Placed:

@@ -65,6 +65,9 @@ class EmbeddingRows(WeightMethod):
             raise UserError(f"EmbeddingRows: {site.name} has {told}: ids are 0 to {size - 1}")
         return ids
 
+    def only_at(self, vocabulary: int) -> list[int]:
+        return self.ids(vocabulary)
+
     def init(self, site: Site) -> dict[str, Any]:
         index = torch.tensor(self.chosen(site))
         V = site.base.weight.detach().mT[index.to(site.base.weight.device)]
