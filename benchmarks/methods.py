@@ -3,10 +3,11 @@
     python benchmarks/methods.py --data DIR [--task sst2|mrpc|e2e ...] [--methods GLOB ...] [--minutes N]
 
 DIR holds `glue/SST-2`, `glue/MRPC` and `e2e`. Every method and preset of the registry trains once over the same rows,
-at its default sites and settings, at each of `--rates` times its default learning rate and, while the outermost is the
-best, at up to two beyond it. The two rates of the lowest loss on rows split off the training file are trained again
-with a second seed, and the one of the lower mean loss is kept. On E2E, whose runs are long, a third of the rows chooses
-the rate, and a lower one is tried where training on all of them does not get below that. Test rows choose nothing.
+at its default sites and settings (but for `SETTINGS`), at each of `--rates` times its default learning rate and, while
+the outermost is the best, at up to two beyond it. The two rates of the lowest loss on rows split off the training file
+are trained again with a second seed, and the one of the lower mean loss is kept. On E2E, whose runs are long, a third
+of the rows chooses the rate, and a lower one is tried where training on all of them does not get below that. Test rows
+choose nothing.
 References: the model untuned, a trained head alone, and full fine-tuning. Memory is the process's own peak during each
 run.
 
@@ -475,7 +476,7 @@ def markdown(bench: Bench, rows: Sequence[Mapping[str, Any]], conditions: Mappin
         f"lowest loss on {task.chosen_on} other training rows, among {conditions['rates']} times the default and up to "
         f"two beyond it where the outermost was best: {choice(task)}. "
         f"{conditions['machine']}, {conditions['threads']} thread, torch {conditions['versions']['torch']}, float32. "
-        "Written by `benchmarks/methods.py`.",
+        f"Settings other than the defaults: {json.dumps(SETTINGS)}. Written by `benchmarks/methods.py`.",
         "",
         f"| method | {task.measure}, mean | seed 0 | seed 1 | learning rate | trained | share | time | peak | |",
         "|---|---|---|---|---|---|---|---|---|---|",

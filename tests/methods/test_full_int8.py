@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import trimtab as tt
+from trimtab.core.registry import names
 from trimtab.core.rounded import GROUP, Rounded, Values, kept_in
 
 
@@ -91,6 +92,21 @@ def test_torchs_own_optimizers_train_it(make: Callable[..., torch.optim.Optimize
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", names("optim"))
+def test_every_optimizer_steps_it_as_a_dense_weight(name: str) -> None:
+    """Within one code of what the same rule makes of the decoded weight."""
+    made, _ = rounded(64, GROUP)
+    dense = nn.Parameter(made.dense())
+    optimizers = []
+    for what in (made.values, dense):
+        optimizers.append(tt.Optimizer([("B", what)], name, lr=0.003, weight_decay=0.1))
+        (what * torch.linspace(-1, 1, GROUP)).sum().backward()
+    for one in optimizers:
+        one.step()
+    assert not torch.equal(dense, rounded(64, GROUP)[0].dense())
+    assert ((made.dense() - dense).abs() <= 1.001 * made.scale[:, None]).all()
 
 
 def test_draws_move_no_generator_and_are_the_same_again() -> None:

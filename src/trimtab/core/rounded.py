@@ -143,10 +143,12 @@ class Values(Tensor):
         kwargs = kwargs or {}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(args[0].owner, args[0].shape, args[0].dtype, args[0].device)
-        read: dict[int, tuple[Values, Tensor]] = {}
+        read: dict[Rounded, Tensor] = {}
 
         def dense(one: Values) -> Tensor:
-            return read.setdefault(id(one.owner), (one, one.owner.dense()))[1]
+            if one.owner not in read:
+                read[one.owner] = one.owner.dense()
+            return read[one.owner]
 
         given = tree_map_only(Values, dense, (list(args), dict(kwargs)))
         found = func(*given[0], **given[1])
@@ -156,7 +158,7 @@ class Values(Tensor):
             written = args[at] if at < len(args) else kwargs.get(argument.name)
             for one in written if isinstance(written, list | tuple) else [written]:
                 if isinstance(one, Values):
-                    one.owner.write(read[id(one.owner)][1])
+                    one.owner.write(read[one.owner])
                     found = one if isinstance(found, Tensor) else found
         return found
 

@@ -343,7 +343,7 @@ def require_seen(parts: Sequence[Placed], rows: EncodedSet, model: Any) -> None:
     table = model.get_input_embeddings()
     for part in parts:
         wanted = None if table is None else part.method.only_at(len(table.weight))
-        if wanted is None or any(not set(wanted).isdisjoint([*row.ids, *(row.source or ())]) for row in rows):
+        if wanted is None or set(wanted) & {token for row in rows for token in (*row.ids, *(row.source or ()))}:
             continue
         name, ids = name_of(type(part.method)), listing(map(str, wanted), 8)
         raise UserError(
