@@ -1,4 +1,4 @@
-"""Perplexity of frozen weights in few bits: dense, rounded to the nearest and GPTQ; then what tuning on top gives.
+"""Perplexity of frozen weights in few bits: dense, rounded, GPTQ and SVDQuant; then what tuning on top gives.
 
     python benchmarks/quantized.py --data DIR [--part wikitext|tuned] [--bits 4 3] [--groups 64 0]
 
@@ -6,7 +6,8 @@ DIR holds `wikitext2/` (wiki.test.raw, part_train_1MB.txt or wiki.train.raw) and
 
 `wikitext`: SmolLM2-135M-Instruct on the first `--eval-tokens` of WikiText-2 test, in windows of `--length` tokens that
 do not overlap, each predicted from its own beginning; the linear layers of the blocks in codes of `--bits`, in groups
-of `--groups` inputs (0: one group per output). GPTQ is calibrated on `--calibration` windows of the training text.
+of `--groups` inputs (0: one group per output). GPTQ and the smoothing of SVDQuant, whose rest is rounded to the same
+codes, are calibrated on `--calibration` windows of the training text.
 
 `tuned`: the same model tuned on PTB for `--steps` steps and measured on PTB test: PEQA, LoRA over rounded weights,
 LoRA over GPTQ, and quantization-aware training (LSQ), one group per output, beside the figures published for PEQA. The
@@ -60,7 +61,7 @@ def file_of(folder: Path, *names: str) -> Path:
 
 
 def calibrated(model: Any, format: Any, rows: torch.Tensor) -> None:
-    """GPTQ over windows, with a line per block."""
+    """A format that needs inputs, over windows, with a line per block."""
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(2)]
     tt.calibrate(
         model,
@@ -79,11 +80,15 @@ def coded(how: str, bits: int, group: int | None, rows: torch.Tensor) -> tuple[A
         tt.quantize(model, tt.Affine(bits, group))
     elif how.startswith("gptq"):
         calibrated(model, tt.GPTQ(bits, group, act_order=how.endswith("ordered")), rows)
+    elif how == "svdquant":
+        tt.quantize(model, tt.SVDQuant(tt.Affine(bits, group)))
+    elif how == "svdquant smoothed":
+        calibrated(model, tt.SVDQuant(tt.Affine(bits, group), smooth=True), rows)
     return model, time.perf_counter() - started
 
 
 def wikitext(asked: argparse.Namespace, results: Results) -> None:
-    """Dense, rounded and GPTQ weights."""
+    """Dense weights, and those in few bits."""
     model, tokenizer = fresh()
     folder = asked.data / "wikitext2"
     test = windows(tokenizer, folder / "wiki.test.raw", asked.length, asked.eval_tokens)
@@ -94,7 +99,7 @@ def wikitext(asked: argparse.Namespace, results: Results) -> None:
     del model
     for bits in asked.bits:
         for group in asked.groups:
-            for how in ("rounded", "gptq", "gptq ordered"):
+            for how in ("rounded", "gptq", "gptq ordered", "svdquant", "svdquant smoothed"):
                 name = f"wikitext {bits} bits, {f'groups of {group}' if group else 'per output'}, {how}"
                 if not results.wants(name):
                     continue

@@ -237,7 +237,7 @@ def test_20_miss_has_as_many_values_as_its_one_matrix() -> None:
 
 
 def test_21_the_low_rank_branch_acts_on_the_input_itself() -> None:
-    """SVDQuant's calibration branch acts on x / λ; nothing is smoothed here, so both are one."""
+    """SVDQuant's calibration branch acts on x / λ, its exported one on x: here it is x, smoothed or not."""
     torch.manual_seed(0)
     W = torch.randn(24, 32)
     form = tt.SVDQuant(rank=4)
@@ -246,6 +246,13 @@ def test_21_the_low_rank_branch_acts_on_the_input_itself() -> None:
     x = torch.randn(3, 32)
     branch = (x @ code["down"].float().T) @ code["up"].float().T
     torch.testing.assert_close(x @ form.decode(code, (24, 32)).T, x @ rest.T + branch, rtol=1e-4, atol=1e-4)
+
+    form = tt.SVDQuant(rank=4, smooth=True)
+    code = form.encode_for(W, torch.diag(torch.rand(32) + 0.1))
+    rest = form.inner.decode({key: code[key] for key in code if key not in ("up", "down", "smooth")}, (24, 32))
+    branch = (x @ code["down"].float().T) @ code["up"].float().T
+    wanted = (x / code["smooth"].float()) @ rest.T + branch
+    torch.testing.assert_close(x @ form.decode(code, (24, 32)).T, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8])

@@ -169,6 +169,24 @@ def test_what_cannot_be_calibrated_is_said(make: Any, says: str) -> None:
         make()
 
 
+def test_smoothed_codes_change_the_loss_less() -> None:
+    """In a model some of whose hidden values are large, of the size of its outputs."""
+    model = llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:2] = 40.0
+    given = batches()
+    with torch.no_grad():
+        wanted = model(**given[0]).logits
+    errors = []
+    for smooth in (False, True):
+        format, coded = tt.SVDQuant(inner=tt.Affine(3, 16), rank=2, smooth=smooth), copy.deepcopy(model)
+        coded = tt.calibrate(coded, format, given) if smooth else tt.quantize(coded, format)
+        with torch.no_grad():
+            errors.append(float((coded(**given[0]).logits - wanted).norm() / wanted.norm()))
+    assert errors[1] < 0.7 * errors[0]
+
+
 def test_adapters_train_over_it_and_merge_into_its_scales() -> None:
     model = tt.calibrate(llama(), tt.GPTQ(4, None), batches(2))
     tt.attach(model, tt.PEQA())

@@ -89,6 +89,16 @@ def test_a_run_holds_its_base_and_needs_no_data_any_more(
     assert all("lm_head" not in path for path in codes_of(loaded))
 
 
+def test_a_smoothed_base_is_in_the_run_too(recipe: Recipe, tmp_path: Path) -> None:
+    smoothed = {"rank": 2, "smooth": True, "inner": {"affine": {"code_bits": 3, "group_size": 8}}}
+    heard = Heard()
+    tune(replace(recipe, quantize="svdquant", quantize_settings=smoothed, output=str(tmp_path / "run")), heard)
+    assert heard.about("calibrating SVDQuant on 32 training rows")
+    loaded, _ = open_run(tmp_path / "run").load("cpu")
+    scales = [code["smooth"].float() for code in codes_of(loaded).values()]
+    assert any(float((scale - 1).abs().max()) > 0.01 for scale in scales)
+
+
 def test_a_stopped_run_goes_on_to_the_same_bytes(recipe: Recipe, tmp_path: Path, home: Path) -> None:
     tune(replace(recipe, output=str(tmp_path / "whole")))
     with pytest.raises(MemoryError):

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +19,10 @@ class Format(ABC):
     codes by what a layer sees: `encode_for(W, H)`, called by `calibrate`.
     """
 
-    needs_inputs: ClassVar[bool] = False
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether `encode_for` chooses codes by what a layer sees."""
+        return False
 
     @abstractmethod
     def encode(self, W: Tensor) -> dict[str, Tensor]:

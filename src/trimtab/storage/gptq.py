@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +32,6 @@ class GPTQ(Format):
     Reference: Frantar et al., arXiv 2210.17323; damping, block and order as in their code. H is factored in float64.
     """
 
-    needs_inputs: ClassVar[bool] = True
     code_bits: int = 4
     group_size: int | None = 64
     act_order: bool = False
@@ -47,6 +45,10 @@ class GPTQ(Format):
                 f"GPTQ: damping={self.damping}, block_size={self.block_size}",
                 fix="damping above 0 and below 1, as 0.01; block_size of 1 or more",
             )
+
+    @property
+    def needs_inputs(self) -> bool:
+        return True
 
     @property
     def affine(self) -> Affine:
