@@ -9,7 +9,7 @@ token has to stay the first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,7 +87,7 @@ def stack_of(model: nn.Module, path: str) -> Stack | None:
         above = ".".join(parts[:end])
         module = model.get_submodule(above)
         names = tuple(inspect.signature(module.forward).parameters)
-        if "input_ids" not in names or (above == "" and any(_takes_ids(child) for child in module.children())):
+        if "input_ids" not in names or (above == "" and any(_takes_them(child, names) for child in module.children())):
             continue
         found.append((above, names))
     chosen = next((one for one in found if "attention_mask" in one[1]), found[0] if found else None)
@@ -97,7 +97,8 @@ def stack_of(model: nn.Module, path: str) -> Stack | None:
 def _stack(model: nn.Module, path: str, names: tuple[str, ...]) -> Stack:
     module = model.get_submodule(path)
     config = getattr(module, "config", None)
-    causal = "past_key_values" in names and getattr(config, "is_decoder", True) is not False
+    says = any(getattr(part, "is_causal", False) for part in module.modules())  # GPT-NeoX's config calls it no decoder
+    causal = "past_key_values" in names and (says or getattr(config, "is_decoder", True) is not False)
     padding = getattr(config, "pad_token_id", None)
     front = causal or ("position_ids" not in names and getattr(module, "pooler", None) is None)
     tables = [part for name, part in module.named_modules() if name.endswith("position_embeddings")]
@@ -106,8 +107,10 @@ def _stack(model: nn.Module, path: str, names: tuple[str, ...]) -> Stack:
     return Stack(path, names, causal, 1 if padding == 0 else 0, front, counts)
 
 
-def _takes_ids(module: nn.Module) -> bool:
-    return "input_ids" in inspect.signature(module.forward).parameters
+def _takes_them(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether a module takes what one around it does of ids and their mask: the one around has a head beside it."""
+    own = inspect.signature(module.forward).parameters
+    return all(name in own for name in ("input_ids", "attention_mask") if name in names)
 
 
 def reserve(stack: Stack, state: State, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:

@@ -93,6 +93,11 @@ def product(x: Tensor, W: Tensor, b: Tensor | None = None, plus: Tensor | None =
     return F.linear(x, W, b)
 
 
+def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """y in another shape, not as a view: what an autograd function returns as one, no model may change in place."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
+
+
 def onednns(x: Tensor, W: Tensor) -> bool:
     """Whether the product of x (rows, in) and W (out, in) is one for oneDNN: in fp32 on a CPU, and not small."""
     fits = x.dtype == W.dtype == torch.float32 and x.device.type == "cpu"
@@ -136,7 +141,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(W)
-        return product(x.reshape(-1, x.shape[-1]), W, b).view(*x.shape[:-1], W.shape[0])
+        return shaped(product(x.reshape(-1, x.shape[-1]), W, b), (*x.shape[:-1], W.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -155,7 +160,7 @@ class _LowRank(torch.autograd.Function):
         outputs = []
         for one, B in zip(panels, Bs, strict=True):
             y = product(rows, one.W, one.b) if h is None or B is None else product_and(rows, one.W, one.b, h, B)
-            outputs.append(y.view(*x.shape[:-1], one.W.shape[0]))
+            outputs.append(shaped(y, (*x.shape[:-1], one.W.shape[0])))
         ctx.shape = x.shape
         ctx.lone = [one.A is None for one in panels]
         ctx.set_materialize_grads(False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
 from trimtab.core.mapped import let_go
-from trimtab.core.product import product
+from trimtab.core.product import product, shaped
 from trimtab.core.registry import find, from_json, to_json
 from trimtab.core.site import is_conv1d
 from trimtab.core.swap import subclass
@@ -158,7 +158,7 @@ def _times(x: Tensor, W: Tensor, transposed: bool) -> Tensor:
     if _upcast(x.device.type, x.dtype):
         return _times(x.float(), W.float(), transposed).to(x.dtype)
     W = W.mT if transposed else W
-    return product(x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], W.shape[0])
+    return shaped(product(x.reshape(-1, x.shape[-1]), W), (*x.shape[:-1], W.shape[0]))
 
 
 # ------------------------------------------------------------------------------------------------------ the record

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from trimtab.core.errors import UserError
-from trimtab.core.product import product
+from trimtab.core.product import product, shaped
 from trimtab.core.site import Base, LinearBase
 from trimtab.core.transform import wide
 
@@ -207,7 +207,7 @@ class _Times(torch.autograd.Function):
         ctx.owner = owner
         ctx.save_for_backward(x)
         W = owner.dense().to(x.dtype)
-        return product(x.reshape(-1, x.shape[-1]), W).view(*x.shape[:-1], W.shape[0])
+        return shaped(product(x.reshape(-1, x.shape[-1]), W), (*x.shape[:-1], W.shape[0]))
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trimtab.core.product import Panel, product, product_and, wide
+from trimtab.core.product import Panel, product, product_and, shaped, wide
 from trimtab.core.remake import mark
 from trimtab.core.scratch import room
 
@@ -90,7 +90,7 @@ class _GatedProduct(torch.autograd.Function):
         y = product(m, W, b) if h is None or B16 is None else product_and(m, W, b, h, B16)
         ctx.save_for_backward(g, u, W, A, B, h)
         ctx.gate = gate
-        return y.view(*g.shape[:-1], W.shape[0])
+        return shaped(y, (*g.shape[:-1], W.shape[0]))
 
     @staticmethod
     @once_differentiable

@@ -19,6 +19,7 @@
 17 copies         pickle and deepcopy
 18 cost           a forward builds nothing of the weight's size
 19 docstring      equation, shapes, start, cost, mergeable or not, reference
+20 in_place       what a place gives can be changed in place, as models may do
 
 A law a method cannot obey is data on it, with the reason: `laws = {"merge": "the GELU in between"}`. It must then be
 broken: an excuse for a law that holds is a fault too.

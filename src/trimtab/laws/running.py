@@ -1,4 +1,4 @@
-"""Laws of running: checkpointing, compiles."""
+"""Laws of running: checkpointing, compiles, in_place."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from trimtab.core.delta import edited_modules
 from trimtab.laws.case import Case
-from trimtab.laws.judging import close, require, trainable
+from trimtab.laws.judging import NotApplicable, close, require, trainable
 from trimtab.laws.law import law
 
 BACKEND = "aot_eager"
@@ -99,3 +100,31 @@ def same_compiled(case: Case, backend: str) -> None:
     rtol = max(1e-5, 8 * case.storage.eps)
     close(output, eager, rtol, "compiled output")
     same_gradients(gradients(model, loss_of(output)), expected, 10 * rtol, "compiled")
+
+
+@law(20, "in_place", storages="kinds")
+def in_place(case: Case) -> None:
+    """What a place gives can be changed in place and through a view, as models may do, with gradients as without."""
+    expected, wanted = written(case, lambda y: y * 1.5)
+    found, got = written(case, lambda y: y.transpose(0, -1).mul_(1.5).transpose(0, -1))
+    rtol = max(1e-5, 8 * case.storage.eps)
+    close(found, expected, rtol, "output, changed in place")
+    same_gradients(got, wanted, rtol, "changed in place")
+
+
+def written(case: Case, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of a model in which what each place gives is changed."""
+    model, changed = case.attached(), []
+
+    def after(module: nn.Module, args: Any, y: Any) -> Any:
+        if not isinstance(y, Tensor):
+            return y
+        changed.append(module)
+        return change(y)
+
+    for _, module in edited_modules(model):
+        module.register_forward_hook(after)
+    output = case.run(model)
+    if not changed:
+        raise NotApplicable("no place gives a tensor of its own")
+    return output, gradients(model, loss_of(output))

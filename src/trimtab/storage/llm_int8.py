@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
+from trimtab.core.product import shaped
 from trimtab.storage.absmax import Absmax
 
 CHUNK = 1024
@@ -57,7 +58,7 @@ class LLMInt8(Format):
         if bool(large.any()):
             O = large.nonzero()[:, 0]  # noqa: E741
             y += F.linear(X[:, O].float(), W8[:, O].float() * (s / 127)[:, None])
-        return y.to(x.dtype).view(*x.shape[:-1], shape[0])
+        return shaped(y.to(x.dtype), (*x.shape[:-1], shape[0]))
 
     def bits(self, shape: tuple[int, ...]) -> float:
         return Absmax().bits(shape)
