@@ -42,6 +42,14 @@ def unswap(module: nn.Module) -> None:
         module.__dict__.pop("_inner_forward", None)
 
 
+def original(module: nn.Module) -> type:
+    """The class of a module below every swap."""
+    cls = type(module)
+    while "_origin" in vars(cls):
+        cls = cls._origin[0]  # type: ignore[attr-defined]
+    return cls
+
+
 def inner_forward(module: nn.Module, cls: type) -> Callable[..., Any]:
     """The forward below a swap from `cls`: one patched on the instance (accelerate does this), else the class's."""
     patched = module.__dict__.get("_inner_forward")

@@ -6,8 +6,11 @@ ever made, and the cost is that of the rows alone, less what they share. In a ba
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,12 +20,18 @@ from torch import Tensor, nn
 from trimtab.core.attach import reads_batch
 from trimtab.core.attention import attention
 from trimtab.core.delta import state_of
+from trimtab.core.errors import UserError, listing
 from trimtab.core.method import InputMethod, Method
 from trimtab.core.positions import Ends
+from trimtab.core.swap import original
 from trimtab.data.packing import Bag, Segment
 from trimtab.engine.row_attention import row_attention
 
 NAME = "trimtab_segments"
+NOT_PLAIN = ("softcap", "position_bias")
+"""Options of transformers' attention functions that change scores, which ours have not."""
+_packed: list[str] = []
+"""The classes of models that run on packed rows at this moment."""
 
 
 def segment_attention(
@@ -34,45 +43,60 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Sequence[Segment] | Bag | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,  # whatever transformers passes to every attention function
 ) -> tuple[Tensor, None]:
     """Attention over one pack: query (1, heads, tokens, width), key and value with as many heads or fewer.
 
-    Returns (1, tokens, heads, width). Without `segments` (generation, a padded batch) torch's own attention runs.
+    `s_aux` (heads) are scores of a key that every query meets and that has no value: a sink. Returns (1, tokens, heads,
+    width). Without `segments` (generation, a padded batch) torch's own attention runs.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if segments is None:
+    odd = [name for name in NOT_PLAIN if options.get(name) is not None]
+    if odd or (isinstance(segments, Bag) and s_aux is not None) or (segments is None and _packed):
+        why = f"has {listing(odd or ['s_aux'])}" if segments is not None else "was not told where rows end"
+        raise UserError(f"forward: {type(module).__name__}, on packed rows, {why}", fix="packing: off")
+    rate, grouped = dropout if module.training else 0.0, query.shape[1] != key.shape[1]
+    if segments is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     if isinstance(segments, Bag):
-        return row_attention(segments, query, key, value, scaling, dropout if module.training else 0.0), None
-    segments = rooted(segments, query.shape[2])
-    lengths = [segment.stop - segment.start for segment in segments]
-    keys, values = (tensor.split(lengths, dim=2) for tensor in (key, value))
-    grouped = query.shape[1] != key.shape[1]
+        return row_attention(segments, query, key, value, scaling, rate), None
+
+    def found(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if s_aux is not None:
+            k, v, mask = with_sink(q, k, v, mask, s_aux)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=rate, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
 
     def attend(query: Tensor) -> Tensor:
+        if segments is None:
+            return found(query, key, value, attention_mask)
         outputs = []
-        for index, (segment, q) in enumerate(zip(segments, query.split(lengths, dim=2), strict=True)):
+        for index, (segment, q) in enumerate(zip(spans, query.split(lengths, dim=2), strict=True)):
             k, v, mask = keys[index], values[index], None
             if segment.ancestors:
                 k = torch.cat([*(keys[above] for above in segment.ancestors), k], 2)
                 v = torch.cat([*(values[above] for above in segment.ancestors), v], 2)
                 mask = causal_after(lengths[index], k.shape[2], query.device)
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout if module.training else 0.0,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-            outputs.append(y)
+            outputs.append(found(q, k, v, mask))
         return torch.cat(outputs, 2)
 
+    spans = rooted(segments, query.shape[2]) if segments is not None else ()
+    lengths = [segment.stop - segment.start for segment in spans]
+    keys, values = (tensor.split(lengths, dim=2) if spans else () for tensor in (key, value))
     return attention(query, attend, scaling).transpose(1, 2).contiguous(), None
+
+
+def with_sink(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with a key of score `sinks` (heads) and no value in front, and the additive mask that says so."""
+    seen = causal_after(q.shape[2], k.shape[2], q.device) if mask is None else mask
+    scores = seen.to(q.dtype) if seen.is_floating_point() else q.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    scores = scores.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    front = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    k, v = (F.pad(one, (0, 0, 1, 0)) for one in (k, v))
+    return k, v, torch.cat([front, scores], 3)
 
 
 def rooted(segments: Sequence[Segment], tokens: int) -> Sequence[Segment]:
@@ -101,7 +125,9 @@ def can_pack(model: nn.Module, longest: int) -> bool:
     """
     methods, ends = attached(model), edited_ends(model)
     virtual = sum(method.virtual_tokens for method in methods if isinstance(method, InputMethod))
-    return plain_attention(model, longest + virtual) and ends is not None and not (virtual and ends)
+    says = {bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")}
+    plain = plain_attention(model, longest + virtual) and says != {False}
+    return plain and ends is not None and not (virtual and ends)
 
 
 def plain_attention(model: nn.Module, longest: int) -> bool:
@@ -114,7 +140,32 @@ def plain_attention(model: nn.Module, longest: int) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     capped = getattr(text, "attn_logit_softcapping", None)
     window = min(filter(None, (window, getattr(text, "local_attention", None))), default=longest)
-    return not capped and kinds <= {"full_attention", "sliding_attention"} and window >= longest
+    known = not capped and kinds <= {"full_attention", "sliding_attention"} and window >= longest
+    return known and hands_on(model)
+
+
+def hands_on(model: nn.Module) -> bool:
+    """Whether what a forward is given beyond its own arguments reaches the model's attentions."""
+    within = {
+        path: module for path, module in model.named_modules() if uses(original(module), "ALL_ATTENTION_FUNCTIONS")
+    }
+    above = {path[:end] for path in within for end, sign in enumerate(path) if sign == "."} | {"", *within}
+    passing = [original(model.get_submodule(path)) for path in above]
+    return bool(within) and all(uses(cls, None) for cls in passing if cls is not nn.ModuleList)
+
+
+@cache
+def uses(cls: type, name: str | None) -> bool:
+    """Whether the forward of a class has this global name in it; with None, the keywords that it does not name."""
+    forward: Any = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+    code = getattr(forward, "__code__", None)
+    if code is None or name is not None:
+        return code is not None and name in code.co_names
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    rest = code.co_varnames[code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)]
+    loads = (step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD"))
+    return any(rest in (found if isinstance(found, tuple) else (found,)) for found in loads)
 
 
 def reads_positions(model: nn.Module) -> bool:
@@ -147,9 +198,30 @@ def segments_in(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, segment_attention)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    with replaced_attention(model, NAME):
+        yield
+
+
+@contextmanager
+def replaced_attention(model: Any, name: str) -> Iterator[None]:
+    """Run the model with a registered attention function, which has to hear of packed rows where the model gets some."""
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("segments") is not None:
+            _packed.append(type(module).__name__)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        _packed.clear()
+
+    own = model.config._attn_implementation
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, always_call=True),
+    ]
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(own)
+        for hook in hooks:
+            hook.remove()

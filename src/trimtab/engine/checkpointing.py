@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trimtab.core.attach import SHARED
 from trimtab.core.errors import UserError
-from trimtab.core.swap import swap, unswap
+from trimtab.core.swap import original, swap, unswap
 from trimtab.engine import rerun as rerunning
 from trimtab.engine.rerun import Disk, PinnedHost, Place, Shelf, can_rerun, rerun, taken_apart
 from trimtab.engine.selective import Results, candidate
@@ -70,15 +70,7 @@ def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
     stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     alike = [stack for stack in stacks if len({frozenset(parts(block)) for block in stack}) == 1 and parts(stack[0])]
     deepest = max(alike, key=lambda stack: (len(stack), size_of(stack)), default=[])
-    return [stack for stack in alike if plain_class(stack[0]) is plain_class(deepest[0])]
-
-
-def plain_class(block: nn.Module) -> type:
-    """The class of a block, but for what an adapter made of it."""
-    cls: Any = type(block)
-    while "_origin" in vars(cls):
-        cls = cls._origin[0]
-    return cls
+    return [stack for stack in alike if original(stack[0]) is original(deepest[0])]
 
 
 def parts(block: nn.Module) -> set[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import UserError
 from trimtab.core.method import InputMethod
 from trimtab.data.packing import Bag, Segment
-from trimtab.engine.attention import attached, can_pack, segment_attention
+from trimtab.engine.attention import attached, can_pack, replaced_attention, segment_attention
 
 NAME = "trimtab_shifted"
 
@@ -107,9 +107,5 @@ def shifted_in(model: Any, group: int) -> Iterator[None]:
         raise UserError(f"group={group} has no half", fix=f"an even number, like {max(2, group + group % 2)}")
     name = f"{NAME}_{group}"
     AttentionInterface.register(name, partial(shifted_attention, group=group))
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
+    with replaced_attention(model, name):
         yield
-    finally:
-        model.set_attn_implementation(before)
