@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ def test_a_right_recipe_passes(model: Path, rows: Path, method: str) -> None:
 
 def test_dropout_does_not_disturb_the_comparison(model: Path, rows: Path) -> None:
     assert failed(verify(recipe(model, rows, method="lora", dropout=0.5))) == []
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_nor_does_that_of_the_model(tmp_path: Path, rows: Path, architecture: str) -> None:
+    """BERT drops states and attention by 0.1 of its own; LLaMA's attention keeps its rate as a number."""
+    where = save_model(tmp_path / "tiny", chat=architecture == "llama", architecture=architecture)
+    if architecture == "llama":
+        config = json.loads((where / "config.json").read_text())
+        (where / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
+    else:
+        rows = write_rows(tmp_path / "labels.jsonl", [{"text": word, "label": word[0] < "g"} for word in WORDS])
+    found = verify(recipe(where, rows, method="lora"))
+    assert failed(found) == []
+    assert sum(one.name.startswith("checkpointed") for one in found) == 4
 
 
 def test_a_quantized_base_passes(model: Path, rows: Path) -> None:

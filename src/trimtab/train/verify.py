@@ -138,14 +138,25 @@ def gradients(job: Job, parts: Sequence[Any], pieces: tuple[str, ...] = ()) -> d
 def checkpointed(job: Job, parts: Sequence[Any], policy: str) -> dict[str, Tensor]:
     """Gradients with activations made again in backward; training, but without dropout."""
     model = job.model.train()
+    rates = [(one, name) for one in model.modules() for name, value in vars(one).items() if drops(one, name, value)]
+    before = [getattr(one, name) for one, name in rates]
+    for one, name in rates:
+        setattr(one, name, 0.0)
     for one in model.modules():
-        if isinstance(one, nn.Dropout | Delta):
+        if isinstance(one, Delta):
             one.eval()
     try:
         with checkpointing(model, policy):
             return gradients(job, parts)
     finally:
+        for (one, name), rate in zip(rates, before, strict=True):
+            setattr(one, name, rate)
         model.eval()
+
+
+def drops(module: nn.Module, name: str, value: Any) -> bool:
+    """Whether an attribute is a rate of dropout: a layer's, or one that an attention reads for itself."""
+    return isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout)))
 
 
 def difference(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> tuple[float, str]:
