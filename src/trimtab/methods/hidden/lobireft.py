@@ -25,6 +25,8 @@ class LobiReFT(PromptEdit):
     """
 
     paper: ClassVar[str] = "2404.03592"
+    learning_rate: ClassVar[float] = 2e-2
+    """Ten times that of edits that depend on the token: one vector of `rank` numbers for all of them."""
 
     def init(self, site: Site) -> dict[str, Any]:
         M = nn.init.orthogonal_(torch.empty(self.rank, site.out_features))

@@ -24,6 +24,8 @@ class PaFi(Ranked):
     """
 
     paper: ClassVar[str] = "2305.16742"
+    learning_rate: ClassVar[float] = 4e-3
+    """Ten times that of masks by gradients, which hold the entries that little is enough for."""
 
     def score(self, site: Site) -> Tensor:
         W = site.base.weight.detach()

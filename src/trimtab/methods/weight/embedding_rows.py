@@ -26,7 +26,7 @@ class EmbeddingRows(WeightMethod):
 
     where: ClassVar[str] = "embed"
     hosts: ClassVar[frozenset[str]] = frozenset({"embedding"})
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
     """Few rows, each with a gradient only when its token occurs: far above what a whole matrix takes."""
 
     tokens: str = "-8:"

@@ -29,7 +29,8 @@ class PEQA(WeightMethod):
     """
 
     paper: ClassVar[str] = "2305.14152"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
+    """A factor of 1 moves by a hundredth: what SST-2, E2E and PTB do best with is 1 to 3 times this."""
 
     group_size: int | None = None
 
