@@ -56,6 +56,8 @@ class Method(ABC):
     """Whether a weight of its own stands for W, which then nothing reads any more."""
     stackable: ClassVar[bool] = True
     """Whether its tensors can be stacked, one for each matrix of a stack of experts."""
+    own_rows: ClassVar[bool] = False
+    """Whether it decides something by the rows of its own process, so that several would decide differently."""
     source: ClassVar[str] = ""
     """What it reads beside its site's input, as `base.batch.sources[source]`: `stream`, the residual stream where its
     sub-layer takes it in, or a role of its attention (`q`), whose output is meant."""

@@ -159,10 +159,11 @@ class Point:
         return self.recipe.shard != "none"
 
     def decides_alone(self) -> bool:
-        """Whether a method decides something by the rows of its own process."""
-        excused = {name_of(type(one)) for one in self.methods if "distributed" in one.laws}
-        alone = excused - {"full_int8"}  # which only FSDP2's cutting is against
-        return bool(alone) or any(name_of(type(one)) == "auto_prompt" for one in self.methods)
+        """Whether a method, or one inside it, decides something by the rows of its own process."""
+        held = [list(self.methods)]
+        while held[-1]:
+            held.append([one for outer in held[-1] for one in vars(outer).values() if isinstance(one, Method)])
+        return any(one.own_rows for level in held for one in level)
 
     def measures_again(self) -> bool:
         """Whether a method measures the frozen weights anew while it trains."""

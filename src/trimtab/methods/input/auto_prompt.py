@@ -28,6 +28,7 @@ class AutoPrompt(InputMethod):
     where: ClassVar[str] = "embed"
     hosts: ClassVar[frozenset[str]] = frozenset({"embedding"})
     learning_rate: ClassVar[float] = 1e-2  # nothing is trained in a search
+    own_rows: ClassVar[bool] = True
 
     length: int = 5
     candidates: int = 10

@@ -33,6 +33,7 @@ class LoRADrop(LowRank):
     paper: ClassVar[str] = "2402.07721"
     learning_rate: ClassVar[float] = 1.5e-3
     width_power: ClassVar[float] = 1.0
+    own_rows: ClassVar[bool] = True
     laws: ClassVar[Mapping[str, str]] = {
         "trains_only": "the shared pair waits for the second stage",
         "distributed": "each process scores the sites by its own rows only",
