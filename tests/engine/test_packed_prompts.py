@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,13 +106,19 @@ def test_packed_gradients_equal_those_of_rows_alone(make: str, name: str, share:
         assert float((one - other).abs().max()) <= 1e-5 * float(other.abs().max())
 
 
-def test_sharing_what_only_one_row_edits_would_be_seen() -> None:
+def test_sharing_what_only_one_row_edits_is_refused_and_would_be_wrong() -> None:
     """The same rows packed as if nothing were edited give another loss, so the test above can fail."""
     model = adapted(MAKE["llama"], METHODS["loreft"])
     given = rows()
+    ends = edited_ends(model)
+    assert ends is not None
     with running(model, packed=True), torch.no_grad():
-        right, _ = loss_sum(model, pack(given, 4, edited_ends(model)), "causal")
-        wrong, _ = loss_sum(model, pack(given, 4), "causal")
+        right, _ = loss_sum(model, pack(given, 4, ends), "causal")
+        apart, _ = loss_sum(model, pack(given, None), "causal")
+        with pytest.raises(tt.UserError, match="an adapter edits the first and last"):
+            loss_sum(model, pack(given, 4), "causal")
+        wrong, _ = loss_sum(model, replace(pack(given, 4), ends=ends), "causal")
+    torch.testing.assert_close(apart, right)
     assert abs(float(right - wrong)) > 1e-2
 
 

@@ -1,4 +1,4 @@
-"""Packed rows in the engine's fast pieces give the loss and gradients of every row alone, on every causal model type."""
+"""Packed rows in the engine's fast pieces: the loss and gradients of rows alone, on all causal model types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from trimtab.engine.attention import can_pack, segments_in
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum
 
-NEVER = {"bloom": "its own attention", "falcon": "its own attention", "gemma2": "capped", "nemotron": "layers say nothing"}
+NEVER = {
+    "bloom": "its own attention",
+    "falcon": "its own attention",
+    "gemma2": "capped",
+    "nemotron": "layers say nothing",
+}
 NEVER |= {"megatron-bert": "its own attention"}
 """Model types that are not packed, and why; those with both directions neither."""
 HEADS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -143,7 +143,7 @@ def edited_attention(cls: type) -> dict[str, Any]:
         if not calls.seen:
             raise UserError(
                 f"forward: {type(self).__name__} calls no scaled_dot_product_attention of torch, where it is edited",
-                fix='model.set_attn_implementation("sdpa") where the model has it; else another method, as prefix_tuning',
+                fix='model.set_attn_implementation("sdpa") where the model has it; else prefix_tuning, or others',
             )
         return out
 

@@ -60,6 +60,8 @@ class Pack:
     rows: int
     row_tokens: int
     """Tokens of all rows before sharing."""
+    ends: tuple[Ends, ...] = ()
+    """The ends of prompts at which no two rows share a token that one of them has edited and the other not."""
 
     @property
     def terms(self) -> int:
@@ -187,6 +189,7 @@ def pack(rows: Sequence[Encoded], share: int | None = SHARE, ends: Sequence[Ends
         weights=torch.tensor([float(terms[one]) for one in ordered]),
         rows=len(rows),
         row_tokens=sum(len(row.ids) for row in rows),
+        ends=tuple(ends),
     )
 
 

@@ -204,7 +204,7 @@ def segments_in(model: Any) -> Iterator[None]:
 
 @contextmanager
 def replaced_attention(model: Any, name: str) -> Iterator[None]:
-    """Run the model with a registered attention function, which has to hear of packed rows where the model gets some."""
+    """Run the model with a registered attention function, which has to hear of it when the rows are packed."""
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("segments") is not None:

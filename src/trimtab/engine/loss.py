@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trimtab.core.batch import packed_prompts, prompts
+from trimtab.core.errors import UserError
 from trimtab.core.product import frozen_weight, product
 from trimtab.core.site import LinearBase
 from trimtab.data.batches import IGNORED, token_count
 from trimtab.data.packing import Bag, Pack
+from trimtab.engine.attention import edited_ends
 from trimtab.engine.encoder import outputs
 
 Batch = dict[str, Tensor] | Pack | Bag
@@ -30,6 +32,7 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]
     inside `trimtab.engine.faster.running`.
     """
     if isinstance(batch, Pack):
+        require_parted(model, batch)
         inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "segments": batch.segments}
         with packed_prompts(model, batch.positions, batch.prompts):
             return causal_loss(model, inputs, (0, batch.sources), batch.targets, batch.weights)
@@ -42,6 +45,16 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]
         with prompts(model, labels):
             return causal_loss(model, inputs, keep, F.pad(labels[:, 1:], (0, 1))[keep], None)
     return labelled_loss(model(**inputs).logits, labels, task)
+
+
+def require_parted(model: nn.Module, pack: Pack) -> None:
+    """Refuse rows that share tokens which the model's adapters edit in one of them only."""
+    edited = edited_ends(model) or ()
+    if not set(edited) <= set(pack.ends) and any(segment.ancestors for segment in pack.segments):
+        raise UserError(
+            f"loss: rows share tokens, and an adapter edits the first and last {edited} of each row's own prompt",
+            fix="pack(rows, share, ends) with ends from `trimtab.engine.attention.edited_ends(model)`, or share=None",
+        )
 
 
 def labelled_loss(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
