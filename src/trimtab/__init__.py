@@ -24,6 +24,7 @@ _HOME = {
     "dequantize": "core.quantized",
     "calibrate": "core.calibrate",
     "as_lora": "core.as_lora",
+    "activations": "core.activations",
     "covariance": "core.fisher",
     "fisher": "core.fisher",
     "gradient": "core.fisher",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import trimtab as tt
 from trimtab.core.quantized import quantized_modules
 from trimtab.train.interrupt import Stopped
 from trimtab.train.prepare import prepare
@@ -91,3 +92,29 @@ def test_svdquant_from_a_data_file_to_a_plain_model(
     merged = trimtab("merge", "run", "--out", "merged", "--json")
     assert merged.code == 0, merged.err
     assert merged.document["equal"]
+
+
+@pytest.mark.parametrize("start", ["rows", "text"])
+@pytest.mark.parametrize("method", ["prefix_tuning", "pre_layer"])
+def test_a_prefix_from_activations_is_trained_and_read_back(
+    trimtab: Callable[..., Any], chat_model: Path, prompts: Path, method: str, start: str
+) -> None:
+    settings = ["--start", start, "--length", "3"] + (["--text", "red blue"] if start == "text" else [])
+    settings += ["--hidden", "none"] if method == "prefix_tuning" else []
+    row = ["--steps", "1", "--learning-rate", "1e-12", "--dtype", "float32", "--json"]
+    done = trimtab(
+        "tune", "--model", chat_model, "--data", prompts, "--method", method, *settings, *row, "--output", "a"
+    )
+    assert done.code == 0, done.err
+    loaded, tokenizer = open_run("a").load("cpu")
+    learned = {name: one for name, one in loaded.named_parameters() if name.endswith(".P")}
+    plain = tt.detach(loaded)
+    words = "red blue" if start == "text" else "<|im_start|>user\nsay"
+    ids = tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    where = "k, v" if method == "prefix_tuning" else "embed, block, !block@-1"
+    measured = tt.activations(plain, [{"input_ids": ids}], where)
+    assert len(learned) == len(measured)
+    for (name, P), (site, wanted) in zip(learned.items(), measured.items(), strict=True):
+        assert name.startswith(site), "both are in the order of the model"
+        order = torch.arange(3) % len(wanted)
+        torch.testing.assert_close(P.float(), wanted[order], rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import build, run
 from torch import Tensor
 
@@ -17,6 +18,12 @@ from trimtab.core.family import tables
 KINDS = ("lora", "houlsby", "loreft", "prompt_tuning", "prefix_tuning", "ln_tuning")
 NO_TEXT = ("vit", "sam", "t5")
 """Families whose models take more than the ids of one text, and what `run` gives them."""
+
+
+INTERLEAVED = ("bloom", "falcon", "gpt_neox")
+"""Those whose one projection has the rows of q, k and v head by head, so that k is no place of its own."""
+HEADS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+CAUSAL = [name for name, table in tables().items() if name in HEADS and table.name not in ("bert", "roberta")]
 
 
 def hidden(output: Any) -> Tensor:
@@ -68,6 +75,31 @@ def test_a_prompt_is_the_models_own_embeddings_with_it_in_front(model_type: str)
         else:
             away = (found - plain(input_ids=ids)[0]).abs().amax(-1)
             assert float(away.min()) > 1e-3
+
+
+TEXT = (11, 7, 23, 5)
+
+
+@pytest.mark.parametrize("model_type", CAUSAL)
+@pytest.mark.parametrize("name", ["prefix_tuning", "pre_layer"])
+def test_a_prefix_that_starts_as_a_text_is_that_text_in_front(model_type: str, name: str) -> None:
+    model = build(model_type)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5 if parameter.ndim > 1 else 1.0)  # so that attention looks at more than one token
+    settings: dict[str, Any] = {"length": len(TEXT), "start": "text", "tokens": TEXT}
+    method = tt.PreLayer(**settings) if name == "pre_layer" else tt.PrefixTuning(hidden=None, **settings)
+    text, ids = torch.tensor([TEXT]), torch.arange(30, 38)[None]
+    with torch.no_grad():
+        expected = model(input_ids=torch.cat([text, ids], 1))[0][:, len(TEXT) :]
+        if name == "prefix_tuning" and model_type in INTERLEAVED:
+            with pytest.raises(UserError, match="interleave"):
+                tt.activations(model, [{"input_ids": text}], method.where)
+            return
+        tt.attach(model, method, statistics=tt.activations(model, [{"input_ids": text}], method.where))
+        torch.testing.assert_close(
+            model(input_ids=ids)[0], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
 
 
 def reads_on(model: Any, ids: Tensor) -> bool:

@@ -222,3 +222,47 @@ def test_prompt_keys_come_from_the_frozen_projections(monkeypatch: pytest.Monkey
     assert len(made) == 4
     assert torch.equal(made[0], made[2])
     assert not torch.allclose(alone, both)
+
+
+def test_activations_are_those_of_the_first_real_tokens() -> None:
+    """Row after row, without padding, until there are enough; slices have their own rows of a fused projection."""
+    model = gpt2()
+    ids = torch.arange(2, 14).view(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    width = model.config.n_embd
+    found = tt.activations(model, [{"input_ids": ids, "attention_mask": mask}], "k, v")
+    layer = model.transformer.h[0]
+    with torch.no_grad():
+        x = layer.ln_1(model.transformer.wte(ids) + model.transformer.wpe(torch.arange(6)))
+        k = layer.attn.c_attn(x)[..., width : 2 * width]
+    wanted = torch.cat([k[0, :4], k[1]])
+    torch.testing.assert_close(found["transformer.h.0.attn.c_attn:k"], wanted)
+
+
+def test_a_prefix_longer_than_what_was_measured_begins_again() -> None:
+    model = gpt2()
+    method = tt.PrefixTuning(length=5, hidden=None, start="rows")
+    measured = tt.activations(model, [{"input_ids": torch.tensor([[3, 4]])}], method.where)
+    tt.attach(model, method, statistics=measured)
+    for P in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        assert torch.equal(P[[0, 1, 0]], P[[2, 3, 4]])
+        assert not torch.equal(P[0], P[1])
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(torch.equal(P[:2], start) for P, start in zip(found, measured.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: tt.PrefixTuning(start="rows"), "trained directly"),
+        (lambda: tt.PrefixTuning(hidden=None, start="words"), "start='words'"),
+        (lambda: tt.PreLayer(text="hello"), "belong to start='text'"),
+        (lambda: tt.PreLayer(start="text"), "needs one of them"),
+        (lambda: tt.attach(gpt2(), tt.PreLayer(start="rows")), "no activations was measured"),
+        (lambda: tt.activations(gpt2(), [], "k"), "nothing came out"),
+    ],
+)
+def test_starts_that_do_not_go_together_are_said(make: Any, says: str) -> None:
+    with pytest.raises(tt.UserError, match=says):
+        make()

@@ -257,7 +257,8 @@ def prepare(
     sites = [site_at(model, state, place, index, measured) for index, place in enumerate(part.places)]
     for site, place in zip(sites, part.places, strict=True):
         site.format = part.format if place in encodable(model, part) else None
-    missing = [site.name for site in sites if wanted and wanted not in site.statistics and not site.base.weight.is_meta]
+    real = wanted is not None and dtype_and_device(model, part.places[0])[1].type != "meta"
+    missing = [site.name for site in sites if real and wanted not in site.statistics]
     if missing:
         raise UserError(
             f"attach({type(method).__name__}): no {wanted} was measured for {listing(missing, 3)}",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.activations import activations
 from trimtab.core.errors import UserError, listing
 from trimtab.core.install import is_raw, raw_weight
 from trimtab.core.places import Place
@@ -154,6 +155,7 @@ MEASURES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "hardest_fisher": hardest_fisher,
     "gradient": gradient,
     "covariance": covariance,
+    "activations": activations,
 }
 """What `Method.statistics` can name."""
 

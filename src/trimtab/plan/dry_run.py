@@ -111,8 +111,8 @@ def attached(
     together = format is not None and any(part.method.takes_out for part in parts)
     if format is not None and not together:
         quantize_left(model, format)
-    wanted = sorted({part.method.statistics for part in parts if part.method.statistics})
-    if wanted:
+    wanted = sorted({part.method.statistics for part in parts if part.method.statistics} - {"activations"})
+    if wanted:  # a forward of one row is no matter
         raise UserError(f"the method starts from what is measured ({', '.join(wanted)})")
     masters = torch.float32 if kind in (torch.bfloat16, torch.float16) else None
     attach(model, parts, seed=recipe.seed, dtype=masters, quantize=format if together else None)

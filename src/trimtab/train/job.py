@@ -22,7 +22,7 @@ from trimtab.engine.attention import edited_ends
 from trimtab.engine.encoder import Seam
 from trimtab.engine.faster import running
 from trimtab.engine.heap import heap_kept
-from trimtab.engine.loss import Batch, loss_sum, on
+from trimtab.engine.loss import Batch, ends_with_head, loss_sum, on
 from trimtab.engine.ranks import ALONE, Ranks
 from trimtab.evaluate.loss import evaluate
 from trimtab.train.recipe import Recipe
@@ -117,4 +117,6 @@ class Job:
 def statistics_of(model: nn.Module, part: Part, rows: Sequence[Batch], task: str) -> dict[str, torch.Tensor]:
     """What a part's method wants measured, on batches of one row."""
     measure = MEASURES[part.method.statistics or ""]
+    if task == "causal":
+        ends_with_head(model)  # by a trial, once: what goes through the model then is not to be measured
     return measure(model, rows, part.where, loss=lambda m, batch: loss_sum(m, batch, task)[0])

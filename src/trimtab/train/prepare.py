@@ -14,6 +14,7 @@ from torch import nn
 from trimtab.core.attach import attach, plan
 from trimtab.core.delta import Delta, require_state
 from trimtab.core.errors import UserError, listing
+from trimtab.core.fisher import MEASURES
 from trimtab.core.format import Format
 from trimtab.core.method import InputMethod, Method, Placed
 from trimtab.core.registry import find, name_of, to_json
@@ -372,12 +373,23 @@ def measured(
         wanted = part.method.statistics
         if wanted is None:
             continue
-        tell.stage(f"measuring the {wanted} on {min(MEASURED_ROWS, len(rows))} rows")
         device = next(model.parameters()).device
+        text = getattr(part.method, "tokens", ())
+        if text:
+            tell.stage(f"measuring the {wanted} on {len(text)} tokens")
+            found |= MEASURES[wanted](model, [alone(text, task, device)], part.where)
+            continue
+        tell.stage(f"measuring the {wanted} on {min(MEASURED_ROWS, len(rows))} rows")
         chosen = [collate([row], pad_id) for row in rows[:MEASURED_ROWS]]
         on_device = [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
         found |= statistics_of(model, part, on_device, task)
     return found
+
+
+def alone(tokens: Sequence[int], task: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """A text as a batch of its own; what a decoder would write does not matter to it."""
+    ids = torch.tensor([list(tokens)], device=device)
+    return {"input_ids": ids} | ({"labels": ids} if task == "seq2seq" else {})
 
 
 def group_of(recipe: Recipe, model: nn.Module, task: str, longest: int) -> int | None:
