@@ -54,8 +54,9 @@ def segment_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     odd = [name for name in NOT_PLAIN if options.get(name) is not None]
-    if odd or (isinstance(segments, Bag) and s_aux is not None) or (segments is None and _packed):
-        why = f"has {listing(odd or ['s_aux'])}" if segments is not None else "was not told where rows end"
+    odd += ["s_aux"] if isinstance(segments, Bag) and s_aux is not None else []
+    if odd or (segments is None and _packed):
+        why = f"has {listing(odd)}" if odd else "was not told where rows end"
         raise UserError(f"forward: {type(module).__name__}, on packed rows, {why}", fix="packing: off")
     rate, grouped = dropout if module.training else 0.0, query.shape[1] != key.shape[1]
     if segments is None and s_aux is None:
