@@ -30,7 +30,7 @@ class PromptEdit(HiddenMethod):
     """Abstract: h ← h + edit(h, p) at the first `first` and last `last` tokens of the prompt, after every block.
 
     With n prompt tokens at most ⌊n/2⌋ first and ⌈n/2⌉ last ones are edited, so none is twice; generated tokens never
-    are.
+    are, as long as keys and values are cached: without a cache all that a model is given is the prompt.
     """
 
     where: ClassVar[str] = "block"
