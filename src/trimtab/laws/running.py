@@ -117,10 +117,11 @@ def written(case: Case, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, dic
     model, changed = case.attached(), []
 
     def after(module: nn.Module, args: Any, y: Any) -> Any:
-        if not isinstance(y, Tensor):
+        first, *others = y if isinstance(y, tuple) else (y,)
+        if not isinstance(first, Tensor):
             return y
         changed.append(module)
-        return change(y)
+        return (change(first), *others) if isinstance(y, tuple) else change(first)
 
     for _, module in edited_modules(model):
         module.register_forward_hook(after)
