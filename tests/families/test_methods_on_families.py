@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from tiny_models import build, run
+from tiny_models import CAUSAL, build, run
 from torch import Tensor
 
 import trimtab as tt
@@ -18,12 +17,8 @@ from trimtab.core.family import tables
 KINDS = ("lora", "houlsby", "loreft", "prompt_tuning", "prefix_tuning", "ln_tuning")
 NO_TEXT = ("vit", "sam", "t5")
 """Families whose models take more than the ids of one text, and what `run` gives them."""
-
-
 INTERLEAVED = ("bloom", "falcon", "gpt_neox")
 """Those whose one projection has the rows of q, k and v head by head, so that k is no place of its own."""
-HEADS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-CAUSAL = [name for name, table in tables().items() if name in HEADS and table.name not in ("bert", "roberta")]
 
 
 def hidden(output: Any) -> Tensor:

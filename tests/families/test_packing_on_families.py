@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
-from tiny_models import build, config, scramble
-from torch import Tensor
+from tests.engine.test_packing import alone, rows_with_common_beginnings
+from tiny_models import BOTH_WAYS, WITH_A_HEAD, build, config, scramble
 
 import trimtab as tt
 from trimtab.core.errors import UserError
 from trimtab.core.family import tables
-from trimtab.data.encoded import Encoded
 from trimtab.data.packing import pack
 from trimtab.engine.attention import can_pack, segments_in
 from trimtab.engine.faster import running
@@ -28,8 +26,6 @@ NEVER = {
 }
 NEVER |= {"megatron-bert": "its own attention"}
 """Model types that are not packed, and why; those with both directions neither."""
-HEADS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-CAUSAL = [name for name in tables() if name in HEADS]
 
 
 def model_of(model_type: str) -> Any:
@@ -50,45 +46,22 @@ def model_of(model_type: str) -> Any:
     return model
 
 
-def rows() -> list[Encoded]:
-    """Rows of several lengths: some begin alike, one is the start of another."""
-    draw = torch.Generator().manual_seed(7)
-
-    def words(count: int) -> list[int]:
-        return torch.randint(3, 61, (count,), generator=draw).tolist()
-
-    system, question = words(12), words(10)
-    found = [system + (question if row % 2 else []) + words(3 + row) for row in range(4)]
-    found += [found[3][:-2], words(7)]
-    return [Encoded(ids, [at >= len(ids) // 2 for at in range(len(ids))], row=row) for row, ids in enumerate(found)]
-
-
-def alone(model: Any, given: list[Encoded]) -> Tensor:
-    """The loss summed over rows, each on its own."""
-    total = torch.zeros(())
-    for row in given:
-        ids, keep = torch.tensor([row.ids]), torch.tensor(row.trained[1:])
-        logits = model(input_ids=ids).logits[0, :-1]
-        total = total + F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="sum")
-    return total
-
-
-@pytest.mark.parametrize("model_type", CAUSAL)
+@pytest.mark.parametrize("model_type", WITH_A_HEAD)
 def test_a_pack_is_exact_or_not_made(model_type: str) -> None:
     model = model_of(model_type)
-    both_ways = tables()[model_type].name in ("bert", "roberta")
+    both_ways = tables()[model_type].name in BOTH_WAYS
     if not can_pack(model, 64):
         assert both_ways or model_type in NEVER
         return
     assert not both_ways
     assert model_type not in NEVER
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    expected = alone(model, rows())
+    expected = alone(model, rows_with_common_beginnings())
     wanted = torch.autograd.grad(expected, trained, allow_unused=True)
     scale = max(float(one.abs().max()) for one in wanted if one is not None)
     for share in (None, 4):
         with running(model, packed=True):
-            loss, _ = loss_sum(model, pack(rows(), share), "causal")
+            loss, _ = loss_sum(model, pack(rows_with_common_beginnings(), share), "causal")
             found = torch.autograd.grad(loss, trained, allow_unused=True)
         torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
         for one, other in zip(found, wanted, strict=True):
@@ -99,6 +72,6 @@ def test_a_pack_is_exact_or_not_made(model_type: str) -> None:
 def test_a_model_that_keeps_the_ends_of_rows_from_its_attention_is_stopped() -> None:
     model = build("nemotron", "AutoModelForCausalLM")
     with segments_in(model), pytest.raises(UserError, match="was not told where rows end"):
-        loss_sum(model, pack(rows()[:2]), "causal")
+        loss_sum(model, pack(rows_with_common_beginnings()[:2]), "causal")
     with segments_in(model):
         assert model(input_ids=torch.arange(3, 9)[None]).logits.shape[1] == 6

@@ -53,6 +53,13 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+HEADS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+WITH_A_HEAD = [name for name in tables() if name in HEADS]
+"""Model types that can be language models, those that read both ways too."""
+BOTH_WAYS = ("bert", "roberta")
+CAUSAL = [name for name in WITH_A_HEAD if tables()[name].name not in BOTH_WAYS]
+
+
 def config(model_type: str, **changes: Any) -> Any:
     family = tables()[model_type].name
     size = dict(VISION if model_type.endswith("vision_model") else SIZES[family])

@@ -43,7 +43,7 @@ def activations(
         model.get_submodule(path).register_forward_hook(lambda module, args, output, path=path: note(path, output))
         for path in found
     ]
-    training, seen = model.training, 0
+    training = model.training
     model.eval()
     try:
         for batch in batches:
@@ -51,8 +51,7 @@ def activations(
             real[0] = mask.bool() if mask is not None else None
             with torch.no_grad():
                 model(**batch) if loss is None else loss(model, batch)
-            seen = min((sum(map(len, parts)) for parts in found.values()), default=0)
-            if seen >= FIRST:
+            if all(sum(map(len, parts)) >= FIRST for parts in found.values()):
                 break
     finally:
         for hook in hooks:

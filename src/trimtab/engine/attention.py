@@ -147,22 +147,29 @@ def plain_attention(model: nn.Module, longest: int) -> bool:
 
 def hands_on(model: nn.Module) -> bool:
     """Whether what a forward is given beyond its own arguments reaches the model's attentions."""
-    within = {
-        path: module for path, module in model.named_modules() if uses(original(module), "ALL_ATTENTION_FUNCTIONS")
-    }
+    within = [path for path, module in model.named_modules() if on_interface(original(module))]
     above = {path[:end] for path in within for end, sign in enumerate(path) if sign == "."} | {"", *within}
     passing = [original(model.get_submodule(path)) for path in above]
-    return bool(within) and all(uses(cls, None) for cls in passing if cls is not nn.ModuleList)
+    return bool(within) and all(hands_keywords_on(cls) for cls in passing if cls is not nn.ModuleList)
+
+
+def code_of(cls: type) -> Any:
+    """The code of a class's forward below its decorators, None where it is not Python's."""
+    return getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
 
 
 @cache
-def uses(cls: type, name: str | None) -> bool:
-    """Whether the forward of a class has this global name in it; with None, the keywords that it does not name."""
-    forward: Any = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
-    code = getattr(forward, "__code__", None)
-    if code is None or name is not None:
-        return code is not None and name in code.co_names
-    if not code.co_flags & inspect.CO_VARKEYWORDS:
+def on_interface(cls: type) -> bool:
+    """Whether a forward asks transformers for its attention function."""
+    code = code_of(cls)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+@cache
+def hands_keywords_on(cls: type) -> bool:
+    """Whether a forward takes keywords that it does not name, and does something with them."""
+    code = code_of(cls)
+    if code is None or not code.co_flags & inspect.CO_VARKEYWORDS:
         return False
     rest = code.co_varnames[code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)]
     loads = (step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD"))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.catalog import inner
 from trimtab.core.active import Active, Activity, members_of
 from trimtab.core.attach import SHARED
 from trimtab.core.delta import Delta, Part
@@ -160,10 +161,7 @@ class Point:
 
     def decides_alone(self) -> bool:
         """Whether a method, or one inside it, decides something by the rows of its own process."""
-        held = [list(self.methods)]
-        while held[-1]:
-            held.append([one for outer in held[-1] for one in vars(outer).values() if isinstance(one, Method)])
-        return any(one.own_rows for level in held for one in level)
+        return any(getattr(one, "own_rows", False) for method in self.methods for one in inner(method))
 
     def measures_again(self) -> bool:
         """Whether a method measures the frozen weights anew while it trains."""
