@@ -12,6 +12,7 @@ from torch import nn
 
 from trimtab.core.errors import UserError
 from trimtab.core.places import Place, layers, places, stacks
+from trimtab.core.rows import Rows
 from trimtab.core.select import KINDS, ROLES, select
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -238,6 +239,8 @@ def test_a_role_the_family_lacks(gpt2: nn.Module, t5: nn.Module) -> None:
             )
         )
     assert complaint(mixtral, "gate") == '"gate": mixtral has no gate; its experts have expert_gate'
+    with torch.device("meta"):
+        neox.layers[0].attention.query_key_value = nn.Linear(32, 104)  # no heads of 8 divide it into q, k and v
     assert "only the fused qkv, whose rows interleave its parts" in complaint(neox, "q")
     assert "interleave q, k, v" in complaint(neox, "query_key_value:q")
 
@@ -363,7 +366,7 @@ def test_parametrized_modules_are_as_before() -> None:
     torch.nn.utils.parametrize.register_parametrization(model.layers[0].linear1, "weight", nn.Identity())
     torch.nn.utils.parametrize.register_parametrization(model.layers[0].self_attn, "in_proj_weight", nn.Identity())
     assert sorted(place.name for place in places(model)) == before
-    assert [place.rows for place in select(model, "q@0, v@0")] == [(0, 8), (16, 24)]
+    assert [place.rows for place in select(model, "q@0, v@0")] == [Rows(0, 8), Rows(16, 24)]
 
 
 @pytest.mark.parametrize("where", ["q, v", "all-linear", "attn, ffn", "block", "norm", "embed"])

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny_models import build, outline, run, scramble
+from tiny_models import build, config, outline, run, scramble
 from torch import Tensor, nn
 
 import trimtab.families
-from trimtab.core.errors import UserError
 from trimtab.core.family import family_of, regions, tables
 from trimtab.core.places import Place, places, readings, stacks
+from trimtab.core.rows import Rows
 from trimtab.core.select import select
 
 TYPES = sorted(tables())
@@ -26,7 +26,6 @@ PLAIN = Counter(q=2, k=2, v=2, o=2, gate=2, up=2, down=2, attn=2, ffn=2, block=2
 UNGATED = PLAIN - Counter(gate=2)
 EXPERTS = Counter(expert_gate_up=2, expert_gate=2, expert_up=2, expert_down=2)
 HALF = Counter(expert_gate_up=1, expert_gate=1, expert_up=1, expert_down=1)
-FUSED = Counter(qkv=2, o=2, up=2, down=2, attn=2, ffn=2, block=2)
 T5 = Counter(q=5, k=5, v=5, o=5, up=5, down=5, attn=5, ffn=5, block=5)
 T5 += Counter({"cross.q": 3, "cross.k": 3, "cross.v": 3, "cross.o": 3, "cross.attn": 3})
 SAM = Counter(qkv=3, q=5, k=5, v=5, o=5, up=5, down=5, attn=5, ffn=5, block=5)
@@ -37,9 +36,8 @@ GROUPS = (
     (UNGATED, "nemotron arcee apertus megatron-bert vit deit ijepa vit_msn"),
     (UNGATED + Counter(stream=2), "bert roberta camembert xlm-roberta electra ernie data2vec-text"),
     (UNGATED + Counter(stream=2), "deberta-v2 mpnet distilbert"),
-    (UNGATED + Counter(qkv=2), "gpt2 imagegpt"),
-    (FUSED, "gpt_neox bloom falcon"),
-    (FUSED + Counter(stream=2), "deberta"),
+    (UNGATED + Counter(qkv=2), "gpt2 imagegpt gpt_neox bloom falcon"),
+    (UNGATED + Counter(qkv=2, stream=2), "deberta"),
     (PLAIN + Counter(gate_up=2), "glm glm4"),
     (PLAIN + Counter(gate_up=2, qkv=2), "phi3"),
     (UNGATED - Counter(up=2, down=2) + EXPERTS, "mixtral olmoe minimax_m2 phimoe"),
@@ -272,12 +270,12 @@ def test_the_queries_of_an_attention_are_read_where_they_come_out() -> None:
         model = outline(model_type)
         found = readings(model, select(model, "o"), "q")
         assert [one.module for one in found if one is not None and not one.entering] == names
-        assert {one.rows for one in found if one is not None} == {(0, 32) if model_type == "gpt2" else None}
+        assert {one.rows for one in found if one is not None} == {Rows(0, 32) if model_type == "gpt2" else None}
     model = outline("t5")
     crossed = readings(model, select(model, "cross.o@0"), "q")
     assert [one.module for one in crossed if one is not None] == ["decoder.block.0.layer.1.EncDecAttention.q"]
-    with pytest.raises(UserError, match="q is that belongs to"):
-        readings(outline("bloom"), select(outline("bloom"), "o"), "q")
+    bloom = readings(outline("bloom"), select(outline("bloom"), "o"), "q")
+    assert {one.rows for one in bloom if one is not None} == {Rows(0, 8, 4)}
 
 
 # ----------------------------------------------------------------------------------------- fused weights and slices
@@ -288,16 +286,29 @@ def rows_applied(model: nn.Module, place: Place, x: Tensor) -> Tensor:
     module = model.get_submodule(place.module)
     W, b = module.weight, module.bias
     W = W.T if type(module).__name__ == "Conv1D" else W
-    start, stop = place.rows or (0, W.shape[0])
-    return F.linear(x, W[start:stop], None if b is None else b[start:stop])
+    rows = torch.arange(W.shape[0]) if place.rows is None else place.rows.of(torch.arange(W.shape[0]))
+    return F.linear(x, W[rows], None if b is None else b[rows])
+
+
+SHARED = {"multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2}
+"""Falcon's newer layout: two query heads share a key head, and each such group has its rows together."""
 
 
 @pytest.mark.parametrize(
-    "model_type", ["gpt2", "phi3", "sam_vision_model", "sam_hq_vision_model", "glm", "llama", "vit"]
+    ("model_type", "changes"),
+    [
+        *((one, {}) for one in ("gpt2", "phi3", "sam_vision_model", "sam_hq_vision_model", "glm", "llama", "vit")),
+        *((one, {}) for one in ("gpt_neox", "falcon")),
+        ("falcon", {"multi_query": False}),
+        ("falcon", {"multi_query": False, "bias": True, "alibi": True}),
+        ("falcon", SHARED),
+    ],
 )
-def test_parts_q_k_v_are_the_rows_attention_uses(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_q_k_v_are_the_rows_attention_uses(
+    model_type: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the first position (where rotary embeddings do nothing) q, k and v reach attention as W[rows] x + b[rows]."""
-    model = build(model_type)
+    model = build(model_type, **changes)
     used: list[tuple[Tensor, Tensor, Tensor]] = []
     attention = F.scaled_dot_product_attention
 
@@ -318,7 +329,7 @@ def test_parts_q_k_v_are_the_rows_attention_uses(model_type: str, monkeypatch: p
             x = inputs[place.module].reshape(-1, inputs[place.module].shape[-1])[0]
             mine, theirs = rows_applied(model, place, x), tensors[index][0, :, 0]
             repeats = theirs.numel() // mine.numel()
-            assert place.rows is None or mine.numel() == place.rows[1] - place.rows[0]
+            assert place.rows is None or mine.numel() == len(place.rows)
             expected = mine.view(-1, theirs.shape[-1]).repeat_interleave(repeats, dim=0)
             torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-4)
 
@@ -332,13 +343,13 @@ def test_the_parts_of_gate_up_are_in_the_order_the_activation_reads_them(model_t
     mlp.activation_fn.register_forward_pre_hook(lambda module, args: seen.__setitem__("gate", args[0]))
     run(model)
     gate, up = (select(model, f"{role}@0")[0] for role in ("gate", "up"))
-    assert (gate.rows, up.rows) == ((0, 48), (48, 96))
+    assert (gate.rows, up.rows) == (Rows(0, 48), Rows(48, 96))
     torch.testing.assert_close(seen["gate"], rows_applied(model, gate, seen["x"]), rtol=1e-4, atol=1e-4)
 
 
 def test_phi3_divides_its_rows_by_heads() -> None:
     model = outline("phi3")
-    assert [place.rows for place in select(model, "q@0, k@0, v@0")] == [(0, 32), (32, 48), (48, 64)]
+    assert [place.rows for place in select(model, "q@0, k@0, v@0")] == [Rows(0, 32), Rows(32, 48), Rows(48, 64)]
     assert names(model, "qkv@0") == ["layers.0.self_attn.qkv_proj"]
 
 
@@ -351,8 +362,8 @@ def test_expert_rows_and_orientation(model_type: str) -> None:
     experts = model.get_submodule(gate.module)
     assert (gate.kind, gate.parameter, gate.transposed) == ("raw", "gate_up_proj", False)
     W = experts.gate_up_proj
-    assert gate.rows == (0, W.shape[1] // 2)
-    assert up.rows == (W.shape[1] // 2, W.shape[1])
+    assert gate.rows == Rows(0, W.shape[1] // 2)
+    assert up.rows == Rows(W.shape[1] // 2, W.shape[1])
     assert experts.down_proj.shape == (4, 32, W.shape[1] // 2)
     assert down.name == f"{gate.module}.down_proj"
     seen: list[Tensor] = []
@@ -360,7 +371,7 @@ def test_expert_rows_and_orientation(model_type: str) -> None:
     experts.act_fn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     run(model)
     x, first = seen[0], seen[1]
-    possible = torch.einsum("tn,eon->teo", x, W[:, gate.rows[0] : gate.rows[1]]).flatten(0, 1)
+    possible = torch.einsum("tn,eon->teo", x, gate.rows.of(W, 1)).flatten(0, 1)
     assert torch.cdist(first, possible).amin(1).max() < 1e-2
 
 
@@ -384,11 +395,38 @@ def test_the_attributes_of_expert_modules_agree_with_the_table(model_type: str) 
         assert (experts.is_transposed, experts.is_concatenated) == (False, True)
 
 
-@pytest.mark.parametrize("model_type", ["deberta", "gpt_neox", "bloom", "falcon"])
-def test_interleaved_projections_offer_no_parts(model_type: str) -> None:
-    model = outline(model_type)
-    assert [place for place in places(model) if place.part] == []
+@pytest.mark.parametrize("model_type", ["deberta", "bloom"])
+def test_q_k_and_v_of_every_head_are_found_where_attention_is_the_models_own(model_type: str) -> None:
+    """Every head's rows are its q, its k, its v; without values nothing is left for the output projection."""
+    model = build(model_type)
+    for index, part in enumerate("qkv"):
+        for place in by_role(model, part):
+            assert place.rows is not None
+            every = torch.arange(96)
+            assert torch.equal(place.rows.of(every), every.view(4, 3, 8)[:, index].flatten())
+    for place in select(model, "v"):
+        value = model.get_submodule(place.module)
+        assert place.rows is not None
+        value.weight.data = place.rows.put(value.weight.data, torch.zeros(32, 32), 0)
+        if value.bias is not None:
+            value.bias.data = place.rows.put(value.bias.data, torch.zeros(32))
+    for name, parameter in model.named_parameters():
+        if name.endswith("v_bias"):
+            parameter.data.zero_()
+    seen: list[Tensor] = []
+    for place in select(model, "o"):
+        model.get_submodule(place.module).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    run(model)
+    assert len(seen) == 2
+    assert all(not x.any() for x in seen)
+
+
+def test_a_width_that_no_heads_divide_offers_no_parts() -> None:
+    with torch.device("meta"):
+        model = transformers.GPTNeoXModel(config("gpt_neox"))
+        model.layers[0].attention.query_key_value = torch.nn.Linear(32, 104)
     assert len(names(model, "qkv")) == 2
+    assert len(names(model, "q")) == 1
 
 
 def test_the_bert_family_reads_q_k_v_where_the_table_says() -> None:
@@ -445,9 +483,9 @@ def test_names_of_gemma() -> None:
 def test_names_of_gpt2() -> None:
     model = outline("gpt2", "AutoModelForCausalLM")
     q, k, v = select(model, "q@1, k@1, v@1")
-    assert (q.name, q.rows) == ("transformer.h.1.attn.c_attn:q", (0, 32))
-    assert (k.name, k.rows) == ("transformer.h.1.attn.c_attn:k", (32, 64))
-    assert (v.name, v.rows) == ("transformer.h.1.attn.c_attn:v", (64, 96))
+    assert (q.name, q.rows) == ("transformer.h.1.attn.c_attn:q", Rows(0, 32))
+    assert (k.name, k.rows) == ("transformer.h.1.attn.c_attn:k", Rows(32, 64))
+    assert (v.name, v.rows) == ("transformer.h.1.attn.c_attn:v", Rows(64, 96))
     assert names(model, "o@0, up@0, down@0") == [
         "transformer.h.0.attn.c_proj",
         "transformer.h.0.mlp.c_fc",
@@ -459,9 +497,9 @@ def test_names_of_gpt2() -> None:
 
 def test_gpt2_with_cross_attention() -> None:
     model = outline("gpt2", add_cross_attention=True)
-    assert [place.rows for place in select(model, "cross.k@0, cross.v@0")] == [(0, 32), (32, 64)]
+    assert [place.rows for place in select(model, "cross.k@0, cross.v@0")] == [Rows(0, 32), Rows(32, 64)]
     assert names(model, "cross.q@0, cross.attn@0") == ["h.0.crossattention.q_attn", "h.0.crossattention.resid_dropout"]
-    assert [place.rows for place in select(model, "q@0, k@0, v@0")] == [(0, 32), (32, 64), (64, 96)]
+    assert [place.rows for place in select(model, "q@0, k@0, v@0")] == [Rows(0, 32), Rows(32, 64), Rows(64, 96)]
 
 
 def test_names_of_bert() -> None:
@@ -549,7 +587,7 @@ def test_names_of_sam() -> None:
     model = outline("sam")
     assert stacks(model) == {"vision": 3, "decoder": 2}
     assert [(place.name, place.rows) for place in select(model, "vision/q@0, decoder/q@0")] == [
-        ("vision_encoder.layers.0.attn.qkv:q", (0, 32)),
+        ("vision_encoder.layers.0.attn.qkv:q", Rows(0, 32)),
         ("mask_decoder.transformer.layers.0.self_attn.q_proj", None),
     ]
     cross = select(model, "cross.q")

@@ -17,8 +17,6 @@ from trimtab.core.family import tables
 KINDS = ("lora", "houlsby", "loreft", "prompt_tuning", "prefix_tuning", "ln_tuning")
 NO_TEXT = ("vit", "sam", "t5")
 """Families whose models take more than the ids of one text, and what `run` gives them."""
-INTERLEAVED = ("bloom", "falcon", "gpt_neox")
-"""Those whose one projection has the rows of q, k and v head by head, so that k is no place of its own."""
 
 
 def hidden(output: Any) -> Tensor:
@@ -87,10 +85,6 @@ def test_a_prefix_that_starts_as_a_text_is_that_text_in_front(model_type: str, n
     text, ids = torch.tensor([TEXT]), torch.arange(30, 38)[None]
     with torch.no_grad():
         expected = model(input_ids=torch.cat([text, ids], 1))[0][:, len(TEXT) :]
-        if name == "prefix_tuning" and model_type in INTERLEAVED:
-            with pytest.raises(UserError, match="interleave"):
-                tt.activations(model, [{"input_ids": text}], method.where)
-            return
         tt.attach(model, method, statistics=tt.activations(model, [{"input_ids": text}], method.where))
         torch.testing.assert_close(
             model(input_ids=ids)[0], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())

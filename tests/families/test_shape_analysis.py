@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.family import family_of, guess
 from trimtab.core.places import layers, places, stacks
+from trimtab.core.rows import Rows
 from trimtab.core.select import select
 
 WIDE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -98,7 +99,7 @@ def test_a_home_made_transformer(tied: bool) -> None:
 
 def test_the_parts_of_a_guessed_qkv_are_its_thirds() -> None:
     parts = select(Tiny(), "q@0, k@0, v@0")
-    assert [place.rows for place in parts] == [(0, 32), (32, 64), (64, 96)]
+    assert [place.rows for place in parts] == [Rows(0, 32), Rows(32, 64), Rows(64, 96)]
 
 
 class Interleaved(nn.Module):
@@ -154,7 +155,7 @@ def test_raw_experts() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList(Mixture() for _ in range(2))})
     gate, up, down = select(model, "expert_gate@0, expert_up@0, expert_down@0")
     assert gate.name == "layers.0.moe.experts.gate_up_proj:gate"
-    assert (gate.rows, up.rows, down.rows) == ((0, 12), (12, 24), None)
+    assert (gate.rows, up.rows, down.rows) == (Rows(0, 12), Rows(12, 24), None)
     assert gate.transposed
     assert down.transposed
     assert {place.kind for place in (gate, up, down)} == {"raw"}
@@ -181,7 +182,7 @@ def test_torchs_encoder_reads_its_attention_weights_raw() -> None:
     whole = select(model, "qkv@0")[0]
     assert (whole.module, whole.parameter, whole.kind) == ("layers.0.self_attn", "in_proj_weight", "raw")
     q, k, v = select(model, "q@0, k@0, v@0")
-    assert [place.rows for place in (q, k, v)] == [(0, 32), (32, 64), (64, 96)]
+    assert [place.rows for place in (q, k, v)] == [Rows(0, 32), Rows(32, 64), Rows(64, 96)]
     assert q.name == "layers.0.self_attn.in_proj_weight:q"
     (o,) = select(model, "o@0")
     assert (o.module, o.parameter, o.kind) == ("layers.0.self_attn.out_proj", "weight", "raw")
@@ -203,15 +204,15 @@ def test_the_query_rows_of_in_proj_weight_are_what_attention_uses() -> None:
     model = nn.MultiheadAttention(32, 4, batch_first=True)
     places_of = {place.part: place.rows for place in places(model) if place.part}
     x = torch.randn(1, 5, 32)
-    start, stop = places_of["q"] or (0, 0)
+    assert places_of["q"] == Rows(0, 32)
     with torch.no_grad():
-        model.in_proj_weight[start:stop] = 0
-        model.in_proj_bias[start:stop] = 0
+        model.in_proj_weight[:32] = 0
+        model.in_proj_bias[:32] = 0
     torch.testing.assert_close(model(x, x, x)[1], torch.full((1, 5, 5), 0.2))
-    start, stop = places_of["v"] or (0, 0)
+    assert places_of["v"] == Rows(64, 96)
     with torch.no_grad():
-        model.in_proj_weight[start:stop] = 0
-        model.in_proj_bias[start:stop] = 0
+        model.in_proj_weight[64:] = 0
+        model.in_proj_bias[64:] = 0
     torch.testing.assert_close(model(x, x, x)[0], model.out_proj.bias.expand(1, 5, 32))
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of four shapes, and what a test needs to compare adapters with the peer library."""
+"""Tiny random models of six shapes, and what a test needs to compare adapters with the peer library."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ def drawn(kind: str) -> Any:
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
+        BloomConfig,
+        BloomForCausalLM,
         GPT2Config,
         GPT2LMHeadModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         T5Config,
@@ -48,6 +52,21 @@ def drawn(kind: str) -> Any:
     if kind == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1)
+        ).eval()
+    if kind == "neox":
+        config = GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.1,
+        )
+        return GPTNeoXForCausalLM(config).eval()
+    if kind == "bloom":
+        return BloomForCausalLM(
+            BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1)
         ).eval()
     if kind == "bert":
         config = BertConfig(

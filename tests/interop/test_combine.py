@@ -52,7 +52,7 @@ def test_one_adapter_of_weight_one_is_untouched_bit_for_bit(how: str, method: An
 
 
 @pytest.mark.parametrize("how", ["sum", "cat", "svd"])
-@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "neox"])
 def test_a_sum_is_the_weighted_sum_of_the_changes(how: str, shape: str) -> None:
     other = (tt.LoKr(rank=2) if how == "svd" else tt.RsLoRA(rank=3), "q, down")
     model = with_adapters(shape, a=(tt.LoRA(rank=2), "q, v"), b=other)

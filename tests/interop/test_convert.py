@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.families.tiny_models import build
 from tests.interop.conftest import VOCABULARY, logits, make
+from torch import nn
 
 import trimtab as tt
 from trimtab.core.errors import UserError
@@ -46,7 +49,7 @@ def tuned(shape: str, method: Any, where: str | None) -> Any:
     return model
 
 
-@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "neox"])
 @pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_with_the_full_rank_a_lora_is_exact(name: str, shape: str) -> None:
     model = tuned(shape, WEIGHT_METHODS[name], "v, o, down")
@@ -127,7 +130,7 @@ def test_a_converted_adapter_is_servable_by_all() -> None:
     assert all(one.accepts for one in verdicts(*to_peft(make("llama"), saved)))
 
 
-@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "neox"])
 def test_a_gguf_lora_makes_the_same_changes(shape: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     where = "q, v, down, embed" if shape == "llama" else "q, v, down"
@@ -137,11 +140,12 @@ def test_a_gguf_lora_makes_the_same_changes(shape: str, tmp_path: Path) -> None:
     reader = gguf.GGUFReader(str(path))
     assert reader.fields["general.type"].contents() == "adapter"
     assert reader.fields["adapter.type"].contents() == "lora"
-    assert reader.fields["general.architecture"].contents() == shape
+    arch = "gptneox" if shape == "neox" else shape
+    assert reader.fields["general.architecture"].contents() == arch
     assert sorted(one.name for one in reader.tensors) == names
     found = read_gguf_lora(path, model.config)
     base = make(shape)
-    spelled = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, shape.upper()), 2)
+    spelled = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), 2)
     tt.merge(model)
     changed = 0
     for name, module in base.named_modules():
@@ -154,6 +158,63 @@ def test_a_gguf_lora_makes_the_same_changes(shape: str, tmp_path: Path) -> None:
         changed += 1
     assert changed == len(found) == len(names) // 2
     assert {path.name for path in tmp_path.iterdir()} == {"lora.gguf"}
+
+
+PAIRED = ("smollm3", "arcee", "olmo")
+"""Beside Llama: model types whose converter takes over how it orders the rows of q and k."""
+
+
+def in_pairs(change: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows as llama.cpp's converter orders those of q and k for Llama: the two halves of every head in turn."""
+    return change.reshape(heads, 2, -1, change.shape[1]).swapaxes(1, 2).reshape(change.shape)
+
+
+def in_parts(change: torch.Tensor, heads: int, keys: int) -> torch.Tensor:
+    """Rows as it orders those of one weight for Falcon (and, with as many keys as queries, BLOOM and GPT-NeoX)."""
+    size = change.shape[0] // (heads + 2 * keys)
+    groups = change.view(keys, heads // keys + 2, size, change.shape[1])
+    return torch.cat([one.reshape(-1, change.shape[1]) for one in (groups[:, :-2], groups[:, [-2]], groups[:, [-1]])])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "order"),
+    [
+        *((one, {}, lambda name, change: in_pairs(change, 4 if "q_proj" in name else 2)) for one in PAIRED),
+        ("qwen3", {}, lambda name, change: change),
+        ("gpt_neox", {}, lambda name, change: in_parts(change, 4, 4)),
+        ("bloom", {}, lambda name, change: in_parts(change, 4, 4)),
+        ("falcon", {"multi_query": False}, lambda name, change: in_parts(change, 4, 4)),
+        ("falcon", {"multi_query": True}, lambda name, change: in_parts(change, 4, 1)),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, lambda name, change: in_parts(change, 4, 2)),
+    ],
+)
+def test_a_gguf_lora_has_its_rows_in_the_order_of_the_architecture(
+    model_type: str, changes: dict[str, Any], order: Any, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    frozen = build(model_type, "AutoModelForCausalLM", **changes)
+    model = copy.deepcopy(frozen)
+    tt.attach(model, tt.LoRA(rank=2), "q, k")
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn_like(value))
+    path = tmp_path / "lora.gguf"
+    write_gguf_lora(frozen, saved_of(model), path)
+    tt.merge(model)
+    held = {one.name: torch.from_numpy(one.data.copy()) for one in gguf.GGUFReader(str(path)).tensors}
+    names = gguf.get_tensor_name_map(
+        next(key for key, text in gguf.MODEL_ARCH_NAMES.items() if text == model_type.replace("gpt_", "gpt")), 2
+    )
+    compared = 0
+    for name, module in frozen.named_modules():
+        stem = names.get_name(f"{name}.weight", try_suffixes=(".weight",)) if isinstance(module, nn.Linear) else None
+        if f"{stem}.lora_b" in held:
+            A, B = held[f"{stem}.lora_a"], held[f"{stem}.lora_b"]
+            change = model.get_submodule(name).weight.detach() - module.weight.detach()
+            assert torch.allclose(B @ A / A.shape[0], order(name, change), atol=1e-5), name
+            compared += 1
+    assert compared == len(held) // 2 == (2 if "neox" in model_type or model_type in ("bloom", "falcon") else 4)
 
 
 def test_a_gguf_lora_of_another_method_is_refused(tmp_path: Path) -> None:

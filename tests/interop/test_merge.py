@@ -53,7 +53,7 @@ def in_files(shape: str, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("shape", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "bloom", "bert", "t5"])
 @pytest.mark.parametrize("name", METHODS)
 def test_file_by_file_equals_in_memory(shape: str, name: str, tmp_path: Path) -> None:
     base = in_files(shape, tmp_path / "base")

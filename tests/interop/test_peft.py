@@ -235,7 +235,7 @@ OURS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "neox"])
 @pytest.mark.parametrize("name", OURS)
 def test_an_adapter_of_ours_gives_the_same_logits_in_peft(name: str, shape: str, tmp_path: Path) -> None:
     model = make(shape)

@@ -191,7 +191,7 @@ def test_prefix_tuning(make: Callable[[], nn.Module]) -> None:
     deltas = [d for m in ours.modules() if "delta" in m._modules for d in m.delta.values()]
     if make is gpt2:
         order = [delta.P for delta in deltas]
-        assert [delta.rows[0] for delta in deltas] == [24, 48] * 2
+        assert [delta.rows.start for delta in deltas] == [24, 48] * 2
     else:
         order = [rotated(ours, delta.P) if n % 2 == 0 else delta.P for n, delta in enumerate(deltas)]
     with torch.no_grad():

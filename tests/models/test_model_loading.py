@@ -103,6 +103,23 @@ def test_dtype(model_directory: Make, name: str) -> None:
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {loaded.dtype}
 
 
+def test_what_a_model_makes_in_float32_unasked_follows_the_dtype(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = transformers.DebertaModel(transformers.DebertaConfig(vocab_size=30, **sizes))
+    made.save_pretrained(tmp_path)
+    read = transformers.DebertaModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert read.encoder.layer[0].attention.self.q_bias.dtype == torch.float32
+    loading.level(read, torch.bfloat16)
+    assert {one.dtype for one in read.parameters()} == {torch.bfloat16}
+    read(input_ids=torch.arange(3, 9)[None])
+    keeps = transformers.T5EncoderModel(transformers.T5Config(d_model=16, d_ff=24, d_kv=4, num_heads=2, num_layers=1))
+    loading.level(keeps, torch.float16)
+    kept = {name for name, one in keeps.named_parameters() if one.dtype == torch.float32}
+    assert kept == {"encoder.block.0.layer.1.DenseReluDense.wo.weight"}
+
+
 @pytest.mark.parametrize("probe", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
 def test_dtype_auto_on_a_cpu(model_directory: Make, monkeypatch: pytest.MonkeyPatch, probe: str | None) -> None:
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):

@@ -406,6 +406,16 @@ def test_everything_wrong_is_told_at_once_and_nothing_is_changed() -> None:
         quantize(Model(), NF4(), "nothing", select=only())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_class_with_a_forward_of_its_own_that_is_a_linear_layers_is_taken(bias: bool) -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    layer, x = FalconLinear(64, 32, bias=bias), torch.randn(2, 3, 64)
+    quantize_module(layer, NF4())
+    W: Any = layer.code
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, W.dense(), layer.bias))
+
+
 def test_layers_that_are_not_plain_are_refused() -> None:
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def activations(
         raise UserError(f"activations: nothing came out of {listing(silent, 4)}", fix="pass some training rows")
     whole = {path: torch.cat(parts) for path, parts in found.items()}
     return {
-        place.name: whole[place.module] if place.rows is None else whole[place.module][:, slice(*place.rows)].clone()
+        place.name: whole[place.module] if place.rows is None else place.rows.of(whole[place.module]).clone()
         for place in places
     }
 

@@ -339,11 +339,10 @@ def heads_around(model: nn.Module, path: str) -> int:
 
 
 def rows_of(base: Base, place: Place) -> Base:
-    """The slice of a base that a place names; for experts, of each matrix."""
+    """The rows of a base that a place names; for experts, of each matrix."""
     assert place.rows is not None
     if isinstance(base, RawBase) and base.weight.ndim == 3:
-        rows = slice(*place.rows)
-        return RawBase(base.weight[:, rows], None if base.bias is None else base.bias[:, rows])
+        return RawBase(place.rows.of(base.weight, 1), None if base.bias is None else place.rows.of(base.bias, 1))
     return Known(base, place.rows)
 
 

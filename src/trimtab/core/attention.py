@@ -57,7 +57,7 @@ def at_prompt(base: Base, P: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
     for role in ("k", "v"):
         place = inner.beside[role]
         y = frozen_base(inner.module.get_submodule(place.module), place)(P[None])[0]
-        y = y if place.rows is None else y[:, place.rows[0] : place.rows[1]]
+        y = y if place.rows is None else place.rows.of(y)
         norm = inner.module._modules.get(f"{role}_norm")
         whole = norm is not None and next(norm.parameters()).shape[0] == y.shape[1]
         y = norm(y) if whole else y
@@ -169,6 +169,6 @@ def projections(places: Sequence[Place], module: nn.Module, path: str) -> dict[s
 
             inner = place.module[len(path) + 1 :]
             wide = plain_base(module.get_submodule(inner), Place(inner), 0).shape[0]
-            width = wide if place.rows is None else place.rows[1] - place.rows[0]
+            width = wide if place.rows is None else len(place.rows)
             found.setdefault(place.role, Place(inner, rows=place.rows, features=width))
     return found

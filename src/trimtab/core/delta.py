@@ -13,7 +13,8 @@ from trimtab.core.batch import Batch
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.grouped import Kept, grouped
 from trimtab.core.method import Method, WeightMethod
-from trimtab.core.site import Base, Edited, Known, splice
+from trimtab.core.rows import Rows
+from trimtab.core.site import Base, Edited, Known
 
 if TYPE_CHECKING:
     from trimtab.core.format import Format
@@ -59,7 +60,7 @@ class Delta(Group):
         *,
         adapter: str,
         slot: str,
-        rows: tuple[int, int] | None = None,
+        rows: Rows | None = None,
     ) -> None:
         super().__init__(tensors)
         self.method, self.adapter, self.slot, self.rows = method, adapter, slot, rows
@@ -81,7 +82,7 @@ class Delta(Group):
             return self.method.forward(x, base, self)
         return self.method.forward(x, base, self.at(x.dtype if x.is_floating_point() else base.weight.dtype))
 
-    def effective(self, base: Base, rows: tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+    def effective(self, base: Base, rows: Rows | None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the whole base with this delta applied (to `rows` of it only, for a slice)."""
         method = self.method
         if not isinstance(method, WeightMethod):
@@ -95,8 +96,8 @@ class Delta(Group):
         whole_b = base.bias
         if whole_b is None and new_b is not None:
             whole_b = new_b.new_zeros(base.shape[0])
-        new_b = whole_b if whole_b is None or new_b is None else splice(whole_b, new_b, *rows, dim=0)
-        return splice(base.weight, new_W, *rows, dim=0), new_b
+        new_b = whole_b if whole_b is None or new_b is None else rows.put(whole_b, new_b)
+        return rows.put(base.weight, new_W, 0), new_b
 
     def extra_repr(self) -> str:
         return repr(self.method)

@@ -47,9 +47,10 @@ class Family:
     fused: Mapping[str, Mapping[str, int | str]] = field(default_factory=dict)
     """Path of a fused weight -> its parts in row order -> their share of the rows (a number or a config field).
 
-    Only where each part is one range of rows: a projection that interleaves q, k and v head by head is not listed and
-    offers the whole `qkv` only.
+    Each part is one range of rows; what has q, k and v head by head is in `by_head`.
     """
+    by_head: tuple[str, ...] = ()
+    """Paths of fused weights whose rows come head by head: for every key head its queries, the key, the value."""
     transposed: tuple[str, ...] = ()
     """Raw expert parameters stored (experts, in, out) instead of (experts, out, in)."""
     outside: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)

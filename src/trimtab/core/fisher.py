@@ -182,4 +182,4 @@ def parameter_of(model: nn.Module, place: Place) -> tuple[Any, Callable[[Tensor]
 def canonical(total: Tensor, place: Place, turn: Callable[[Tensor], Tensor]) -> Tensor:
     """A stored-shape tensor as (out, in), cut to the rows of a slice."""
     W = turn(total)
-    return W if place.rows is None else W[..., place.rows[0] : place.rows[1], :].clone()
+    return W if place.rows is None else place.rows.of(W, -2).clone()

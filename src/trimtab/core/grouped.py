@@ -184,12 +184,12 @@ def factors_of(found: Sequence[Delta], x: Tensor, base: Base) -> tuple[Tensor, T
     pairs = []
     out, width = base.shape
     for delta in found:
-        start, stop = delta.rows or (0, out)
-        pair = delta.method.added(delta.at(x.dtype), (stop - start, width))
+        mine = out if delta.rows is None else len(delta.rows)
+        pair = delta.method.added(delta.at(x.dtype), (mine, width))
         if pair is None or pair[0].dtype != x.dtype or pair[1].dtype != x.dtype:
             return None
         B, A = pair
-        pairs.append((B if delta.rows is None else nn.functional.pad(B, (0, 0, start, out - stop)), A))
+        pairs.append((B if delta.rows is None else delta.rows.among(B, out, 0), A))
     if len(pairs) == 1:
         return pairs[0]
     return torch.cat([B for B, _ in pairs], 1), torch.cat([A for _, A in pairs])

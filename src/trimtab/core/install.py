@@ -24,6 +24,7 @@ from trimtab.core.batch import follow
 from trimtab.core.delta import Cast, Delta, Deltas, State
 from trimtab.core.errors import UserError
 from trimtab.core.places import Place, Reading
+from trimtab.core.rows import Rows
 from trimtab.core.site import (
     Base,
     Conv1DBase,
@@ -35,7 +36,6 @@ from trimtab.core.site import (
     RawBase,
     is_conv1d,
     kind_of,
-    splice,
 )
 from trimtab.core.swap import inner_forward, swap, unswap
 
@@ -199,16 +199,16 @@ def edit_raw(delta: Delta, W: Tensor, b: Tensor | None, layout: RawWeight) -> tu
     """One delta on a canonical weight; a stack of expert matrices is edited matrix by matrix."""
     if layout.kind != "experts":
         return delta.effective(RawBase(W, b), delta.rows)
-    start, stop = delta.rows or (0, W.shape[1])
+    rows = delta.rows or Rows(0, W.shape[1])
     fields = dict(delta.named_parameters()) | dict(delta.named_buffers())
     fields = {key: value.to(W.dtype) if value.is_floating_point() else value for key, value in fields.items()}
     method: Any = delta.method
     shared = Cast(delta, W.dtype).shared
-    part = torch.func.vmap(lambda w, p: method.weight(w, Fields(p, shared)))(W[:, start:stop], fields)
+    part = torch.func.vmap(lambda w, p: method.weight(w, Fields(p, shared)))(rows.of(W, 1), fields)
     if b is not None:
-        c = torch.func.vmap(lambda c, p: method.bias(c, Fields(p, shared)))(b[:, start:stop], fields)
-        b = splice(b, c, start, stop, dim=1)
-    return splice(W, part, start, stop, dim=1), b
+        c = torch.func.vmap(lambda c, p: method.bias(c, Fields(p, shared)))(rows.of(b, 1), fields)
+        b = rows.put(b, c, 1)
+    return rows.put(W, part, 1), b
 
 
 class Fields:
@@ -294,12 +294,10 @@ def hear_input(deltas: Deltas, source: str, module: nn.Module, args: Any, kwargs
     deltas.heard[source] = args[0] if args else kwargs[input_name(kwargs)]
 
 
-def hear_output(
-    deltas: Deltas, source: str, rows: tuple[int, int] | None, module: nn.Module, args: Any, output: Any
-) -> None:
+def hear_output(deltas: Deltas, source: str, rows: Rows | None, module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook: keeps a module's first output, or rows of it, for a site further on."""
     y = output[0] if isinstance(output, tuple) else output
-    deltas.heard[source] = y if rows is None else y[..., rows[0] : rows[1]]
+    deltas.heard[source] = y if rows is None else rows.of(y)
 
 
 def deltas_class(module: nn.Module, place: Place) -> type[Deltas]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,22 +28,23 @@ from trimtab.core.family import (
     widths,
     within,
 )
+from trimtab.core.rows import Rows
 
 HEADS = re.compile(r"(^|\.)(heads?|lm_head|classifier|score|fc|logits|unembed|generator)(\.\d+|\.\w*head)?$")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Somewhere in a model a method can be put: a module, a raw parameter of one, or a range of their output rows."""
+    """Somewhere in a model a method can be put: a module, a raw parameter of one, or some of their output rows."""
 
     module: str
     """Dotted path of the module from the root model; "" is the root."""
     parameter: str | None = None
     """A raw parameter of that module, which is read and never called (`in_proj_weight`); None = the module itself."""
     part: str | None = None
-    """Name of a range of output rows (`q` of a fused qkv); None = all of them."""
-    rows: tuple[int, int] | None = None
-    """[start, stop) of that part in canonical (out, in) rows; for experts, rows of each expert's matrix."""
+    """Name of some of its output rows (`q` of a fused qkv); None = all of them."""
+    rows: Rows | None = None
+    """That part in canonical (out, in) rows; for experts, rows of each expert's matrix."""
     role: str | None = None
     layer: int | None = None
     """Index of the block it is in; every stack counts from 0."""
@@ -91,7 +92,7 @@ class Reading:
     module: str
     entering: bool
     """Whether it is the module's first input, else its first output."""
-    rows: tuple[int, int] | None = None
+    rows: Rows | None = None
     """The output rows meant, for a part of a fused weight."""
 
 
@@ -287,22 +288,18 @@ class Anatomy:
             self._found[key] = place
             self._roles.setdefault((self._block(place.module), place.role), place)
 
-    def _parts(self, whole: Place, family: Family, config: object) -> dict[str, tuple[int, int]]:
-        """Row ranges of the parts of a fused weight; none where the rows do not divide as the table says."""
-        shares = next((shares for ending, shares in family.fused.items() if ends_in(whole.name, ending)), None)
+    def _parts(self, whole: Place, family: Family, config: object) -> dict[str, Rows]:
+        """Rows of the parts of a fused weight; none where the rows do not divide as the table says."""
         rows = self._rows(whole)
-        if shares is None or rows is None:
+        if rows is None:
             return {}
-        numbers = [share if isinstance(share, int) else getattr(config, share, 0) for share in shares.values()]
-        total = sum(numbers)
-        if not total or rows % total:
-            return {}
-        ranges, start = {}, 0
-        for name, number in zip(shares, numbers, strict=True):
-            stop = start + rows // total * number
-            ranges[name] = (start, stop)
-            start = stop
-        return ranges
+        if any(ends_in(whole.name, ending) for ending in family.by_head):
+            return by_head(rows, config)
+        shares = next((shares for ending, shares in family.fused.items() if ends_in(whole.name, ending)), {})
+        return _in_order(
+            {name: share if isinstance(share, int) else getattr(config, share, 0) for name, share in shares.items()},
+            rows,
+        )
 
     def _rows(self, place: Place) -> int | None:
         module = self.modules[place.module]
@@ -398,7 +395,38 @@ class Anatomy:
     def _position(self, place: Place) -> tuple[int, int, int, int]:
         parameters = parameter_names(self.modules[place.module])
         parameter = parameters.index(place.parameter) + 1 if place.parameter in parameters else 0
-        return self.order[place.module], parameter, place.kind == "opaque", (place.rows or (-1,))[0]
+        return (
+            self.order[place.module],
+            parameter,
+            place.kind == "opaque",
+            -1 if place.rows is None else place.rows.start,
+        )
+
+
+def _in_order(shares: Mapping[str, int], rows: int, groups: int = 1) -> dict[str, Rows]:
+    """Parts one after another in each of `groups` runs; none where the rows do not divide by their shares."""
+    total = sum(shares.values()) * groups
+    if not total or rows % total:
+        return {}
+    found, start = {}, 0
+    for name, share in shares.items():
+        stop = start + rows // total * share
+        found[name] = Rows(start, stop, groups)
+        start = stop
+    return found
+
+
+def by_head(rows: int, config: object) -> dict[str, Rows]:
+    """q, k and v of a weight that has them head by head: for every key head its queries, the key, the value.
+
+    None where the rows do not divide into heads as the configuration counts them.
+    """
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    size = getattr(config, "head_dim", None) or (int(getattr(config, "hidden_size", 0)) // heads if heads else 0)
+    keys, rest = divmod(rows - heads * size, 2 * size) if size else (0, 0)
+    if keys < 1 or rest or heads % keys:
+        return {}
+    return _in_order({"q": heads // keys, "k": 1, "v": 1}, rows, keys)
 
 
 def ends_in(path: str, ending: str) -> bool:

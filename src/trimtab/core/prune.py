@@ -39,17 +39,20 @@ def prune(
         raise UserError(f"prune: {listing(problems, 4)}", fix="prune a dense model, before anything is attached")
     with torch.no_grad():
         for place in places:
-            W = weight_of(model, place)
-            score = W.abs() if covariance is None else W.abs() * covariance[place.name].diagonal().sqrt().to(W)
-            W.masked_fill_(lowest(score, sparsity, covariance is not None, of), 0)
+            W, rows = weight_of(model, place), place.rows
+            score = W.abs() if rows is None else rows.of(W.abs(), -2)
+            if covariance is not None:
+                score = score * covariance[place.name].diagonal().sqrt().to(W)
+            drop = lowest(score, sparsity, covariance is not None, of)
+            W.masked_fill_(drop if rows is None else rows.among(drop, W.shape[-2], -2), 0)
     return model
 
 
 def weight_of(model: nn.Module, place: Place) -> Tensor:
-    """A view (..., out, in) of the stored weight of a place."""
+    """A view (..., out, in) of the stored weight that a place is, or is some rows of."""
     parameter, canonical = parameter_of(model, place)
     W: Tensor = canonical(parameter.detach())
-    return W if place.rows is None else W[..., place.rows[0] : place.rows[1], :]
+    return W
 
 
 def lowest(score: Tensor, sparsity: float, by_row: bool, of: int | None) -> Tensor:

@@ -22,6 +22,7 @@ from trimtab.core.format import Format
 from trimtab.core.mapped import let_go
 from trimtab.core.product import product, shaped
 from trimtab.core.registry import find, from_json, to_json
+from trimtab.core.rows import Rows
 from trimtab.core.site import is_conv1d
 from trimtab.core.swap import subclass
 
@@ -364,17 +365,14 @@ def quantize_module(module: nn.Module, format: Format, H: Tensor | None = None) 
 class Taken(NamedTuple):
     """A product up · down that is taken out of a weight, or of some of its rows, before it is encoded."""
 
-    rows: tuple[int, int] | None
+    rows: Rows | None
     up: Tensor
     down: Tensor
 
 
 def branch_of(taken: Sequence[Taken], out: int) -> tuple[Tensor, Tensor]:
     """All products taken out of one weight as a single one: up (out, ranks) and down (ranks, in)."""
-    ups = []
-    for rows, up, _ in taken:
-        start, stop = rows or (0, out)
-        ups.append(F.pad(up.detach(), (0, 0, start, out - stop)))
+    ups = [up.detach() if rows is None else rows.among(up.detach(), out, 0) for rows, up, _ in taken]
     return torch.cat(ups, 1), torch.cat([one.down.detach() for one in taken])
 
 
@@ -517,13 +515,38 @@ def _weight_of(module: nn.Module) -> Tensor:
         raise UserError(f"a {name} is not a linear layer", fix="quantize only Linear and Conv1D layers")
     if "code" in module._modules or hasattr(module, "code"):
         raise UserError("already has an attribute named `code`")
-    plain = next(cls for cls in type(module).__mro__ if cls is nn.Linear or cls.__name__ == "Conv1D")
-    if type(module).forward is not plain.forward:  # type: ignore[attr-defined]
-        raise UserError(f"{name} has a forward of its own")
+    kind: Any = type(module)
+    if not _multiplies(kind):
+        raise UserError(f"{name} has a forward of its own, which is not x Wᵀ + b")
     W = module._parameters.get("weight")
     if W is None or W.ndim != 2:
         raise UserError(f"{name} has no plain 2-D weight (a parametrization?)", fix="remove the parametrization first")
     return W.mT if is_conv1d(module) else W
+
+
+@cache
+def _multiplies(cls: Any) -> bool:
+    """Whether layers of a class compute x Wᵀ + b: as their parent does, or (Falcon's) tried on a small one."""
+    plain = next(one for one in cls.__mro__ if one is nn.Linear or one.__name__ == "Conv1D")
+    if cls.forward is plain.forward:
+        return True
+    if plain is not nn.Linear:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(shape, generator=generator) for shape in ((2, 3, 4), (5, 4), (5,)))
+    for bias in (b, None):
+        small: Any = cls.__new__(cls)
+        nn.Module.__init__(small)
+        small.in_features, small.out_features = 4, 5
+        small.weight = nn.Parameter(W)
+        small.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        try:
+            y = small(x)
+        except Exception:  # it needs more than a linear layer has
+            return False
+        if not isinstance(y, Tensor) or y.shape != (2, 3, 5) or not torch.allclose(y, F.linear(x, W, bias), atol=1e-6):
+            return False
+    return True
 
 
 def _check(module: nn.Module, format: Format, owners: Mapping[int, int]) -> None:

@@ -36,6 +36,7 @@ from trimtab.core.places import Place
 from trimtab.core.quantized import Taken, check_modules, same_branch
 from trimtab.core.registry import from_json, name_of, to_json
 from trimtab.core.rounded import Rounded
+from trimtab.core.rows import Rows
 from trimtab.core.site import OpaqueBase, RawBase, Site
 from trimtab.core.tensor_file import write_tensors
 
@@ -189,12 +190,7 @@ def describe(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     for part in adapter.parts:
         sites = []
         for place in part.places:
-            entry = {
-                key: value
-                for key, value in dataclasses.asdict(place).items()
-                if value is not None and value is not False
-            }
-            sites.append(entry | {"shape": list(site_at(model, state, place).base.shape)})
+            sites.append(entry_of(place) | {"shape": list(site_at(model, state, place).base.shape)})
         encoded = {"quantized": to_json(part.format)} if part.format is not None else {}
         entry = {"label": part.label, "method": to_json(part.method), "where": part.where}
         parts.append({**entry, **encoded, "sites": sites})
@@ -346,11 +342,20 @@ def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
         raise UserError(f"load: {path} cannot be read: {error}") from None
 
 
+def entry_of(place: Place) -> dict[str, Any]:
+    """A Place as JSON: what it has, its rows as [start, stop] or, where they are some of every head, with the heads."""
+    values = {field.name: getattr(place, field.name) for field in dataclasses.fields(place)}
+    if place.rows is not None:
+        start, stop, groups = dataclasses.astuple(place.rows)
+        values["rows"] = [start, stop, groups] if groups > 1 else [start, stop]
+    return {key: value for key, value in values.items() if value is not None and value is not False}
+
+
 def place_of(entry: Mapping[str, Any]) -> Place:
     """A Place from its JSON."""
     known = {field.name for field in dataclasses.fields(Place)}
     values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key in known
+        key: Rows(*value) if key == "rows" else value for key, value in entry.items() if key in known
     }
     return Place(**values)
 

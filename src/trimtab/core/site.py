@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from trimtab.core.batch import Batch
     from trimtab.core.format import Format
     from trimtab.core.quantized import Code
+    from trimtab.core.rows import Rows
 
 
 class Base(ABC):
@@ -243,7 +243,7 @@ class Known(Base):
     def __init__(
         self,
         base: Base,
-        rows: tuple[int, int] | None,
+        rows: Rows | None,
         x: Tensor | None = None,
         y: Tensor | None = None,
         batch: Batch | None = None,
@@ -255,13 +255,13 @@ class Known(Base):
         if x is self.x and self.y is not None:
             return self.y
         y = self.base(x)
-        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+        return y if self.rows is None else self.rows.of(y)
 
     def matmul(self, x: Tensor) -> Tensor:
         if x is self.x:
             return super().matmul(x)
         y = self.base.matmul(x)
-        return y if self.rows is None else y[..., self.rows[0] : self.rows[1]]
+        return y if self.rows is None else self.rows.of(y)
 
     def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         return self.base.affine(x, W, b)
@@ -269,17 +269,17 @@ class Known(Base):
     @property
     def weight(self) -> Tensor:
         W = self.base.weight
-        return W if self.rows is None else W[self.rows[0] : self.rows[1]]
+        return W if self.rows is None else self.rows.of(W, 0)
 
     @property
     def bias(self) -> Tensor | None:
         b = self.base.bias
-        return b if b is None or self.rows is None else b[self.rows[0] : self.rows[1]]
+        return b if b is None or self.rows is None else self.rows.of(b)
 
     @property
     def shape(self) -> tuple[int, int]:
         out, width = self.base.shape
-        return (out, width) if self.rows is None else (self.rows[1] - self.rows[0], width)
+        return (out, width) if self.rows is None else (len(self.rows), width)
 
     @property
     def code(self) -> Code | None:
@@ -295,15 +295,15 @@ class Edited(Base):
 
     __slots__ = ("base", "delta", "rows")
 
-    def __init__(self, base: Base, delta: Any, rows: tuple[int, int] | None) -> None:
+    def __init__(self, base: Base, delta: Any, rows: Rows | None) -> None:
         self.base, self.delta, self.rows = base, delta, rows
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.rows is None:
             return self.delta(x, self.base)
-        y, (start, stop) = self.base(x), self.rows
-        part = self.delta(x, Known(self.base, self.rows, x, y[..., start:stop]))
-        return splice(y, part, start, stop, dim=-1)
+        y = self.base(x)
+        part = self.delta(x, Known(self.base, self.rows, x, self.rows.of(y)))
+        return self.rows.put(y, part)
 
     def affine(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
         return self.base.affine(x, W, b)
@@ -323,12 +323,6 @@ class Edited(Base):
     @property
     def batch(self) -> Batch | None:
         return self.base.batch
-
-
-def splice(whole: Tensor, part: Tensor, start: int, stop: int, dim: int) -> Tensor:
-    """`whole` with [start:stop] along `dim` replaced by `part`, out of place."""
-    before, after = whole.narrow(dim, 0, start), whole.narrow(dim, stop, whole.shape[dim] - stop)
-    return torch.cat([piece for piece in (before, part, after) if piece.shape[dim]], dim)
 
 
 @dataclass

@@ -171,6 +171,8 @@ class Group:
     blocks: list[nn.Module]
     how: Again
     given: tuple[Any, ...] = ()
+    beside: tuple[None, ...] | None = None
+    """What a block returns beside its output, all of it nothing; None where it returns no tuple."""
 
 
 def grouped(cls: type) -> dict[str, Any]:
@@ -184,7 +186,9 @@ def grouped(cls: type) -> dict[str, Any]:
             group.given = (args, kwargs)
             runs = [partial(type(block)._origin[0].__call__, block) for block in group.blocks]  # type: ignore[attr-defined]
             run, given = partial(_in_turn, runs), (x, *args)
-            return group.how(run, given, kwargs) if trains(group.blocks, given, kwargs) else run(*given, **kwargs)
+            out = group.how(run, given, kwargs) if trains(group.blocks, given, kwargs) else run(*given, **kwargs)
+            group.beside = out[1:] if isinstance(out, tuple) else None
+            return out
         if not alike(group.given, (args, kwargs)):
             raise UserError(
                 "checkpointing: sqrt needs blocks that are called alike, and these get different masks or positions",
@@ -192,13 +196,14 @@ def grouped(cls: type) -> dict[str, Any]:
             )
         if self is group.blocks[-1]:
             group.given = ()
-        return x
+        return x if group.beside is None else (x, *group.beside)
 
     return {"__call__": call}
 
 
-def _in_turn(runs: Sequence[Callable[..., Any]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """One block after the other."""
+def _in_turn(runs: Sequence[Callable[..., Any]], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """One block after the other; returns what the last one does."""
+    out: Any = x
     for run in runs:
         out = run(x, *args, **kwargs)
         if isinstance(out, tuple) and any(one is not None for one in out[1:]):
@@ -207,7 +212,7 @@ def _in_turn(runs: Sequence[Callable[..., Any]], x: Tensor, *args: Any, **kwargs
                 fix="checkpointing: block",
             )
         x = out[0] if isinstance(out, tuple) else out
-    return x
+    return out
 
 
 def alike(one: Any, other: Any) -> bool:

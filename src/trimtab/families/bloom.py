@@ -1,4 +1,4 @@
-"""BLOOM and Falcon: q, k and v interleaved head by head in one weight, so only the whole is a place.
+"""BLOOM and Falcon: q, k and v head by head in one weight; Falcon's query heads share key heads.
 
 BLOOM adds the residual inside its MLP module, so `ffn` is the projection before that.
 """
@@ -13,12 +13,16 @@ FAMILY = Family(
     blocks={"h": None},
     roles={
         "qkv": "self_attention.query_key_value",
+        "q": "self_attention.query_key_value:q",
+        "k": "self_attention.query_key_value:k",
+        "v": "self_attention.query_key_value:v",
         "o": "self_attention.dense",
         "up": "mlp.dense_h_to_4h",
         "down": "mlp.dense_4h_to_h",
         "attn": "self_attention.dense",
         "ffn": "mlp.dense_4h_to_h",
     },
+    by_head=("self_attention.query_key_value",),
     outside={"embed": "word_embeddings"},
     enters={
         "attn": ("ln_attn", "input_layernorm"),

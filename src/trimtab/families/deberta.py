@@ -1,4 +1,4 @@
-"""DeBERTa: BERT's layout. Version 1 interleaves q, k and v head by head in `in_proj`, so only the whole is a place."""
+"""DeBERTa: BERT's layout. Version 1 has q, k and v head by head in one weight, `in_proj`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ FAMILY = Family(
     blocks={"encoder.layer": None},
     roles={
         "qkv": "attention.self.in_proj",
-        "q": "attention.self.query_proj",
-        "k": "attention.self.key_proj",
-        "v": "attention.self.value_proj",
+        "q": ("attention.self.query_proj", "attention.self.in_proj:q"),
+        "k": ("attention.self.key_proj", "attention.self.in_proj:k"),
+        "v": ("attention.self.value_proj", "attention.self.in_proj:v"),
         "o": "attention.output.dense",
         "up": "intermediate.dense",
         "down": "output.dense",
@@ -20,6 +20,7 @@ FAMILY = Family(
         "ffn": "output.dropout",
         "stream": "output.LayerNorm",
     },
+    by_head=("attention.self.in_proj",),
     outside={"embed": "word_embeddings"},
     enters={"attn": "attention", "ffn": "intermediate"},
 )

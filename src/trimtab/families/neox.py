@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): q, k and v interleaved head by head in one weight, so only the whole is a place.
+"""GPT-NeoX (Pythia): q, k and v head by head in one weight.
 
 Attention and feed-forward each end in a dropout of the block's own.
 """
@@ -13,12 +13,16 @@ FAMILY = Family(
     blocks={"layers": None},
     roles={
         "qkv": "attention.query_key_value",
+        "q": "attention.query_key_value:q",
+        "k": "attention.query_key_value:k",
+        "v": "attention.query_key_value:v",
         "o": "attention.dense",
         "up": "mlp.dense_h_to_4h",
         "down": "mlp.dense_4h_to_h",
         "attn": "post_attention_dropout",
         "ffn": "post_mlp_dropout",
     },
+    by_head=("attention.query_key_value",),
     outside={"embed": "embed_in"},
     enters={"attn": "input_layernorm", "ffn": "post_attention_layernorm"},
 )

@@ -2,7 +2,7 @@
 
 llama.cpp adds alpha / rank · B A to the weight of the same name, so a file holds one alpha, and factors under
 `<tensor>.lora_a` (rank, in) and `<tensor>.lora_b` (out, rank); the A of an embedding is looked up by row and stands
-transposed. Rows of q and k are in llama.cpp's order where the architecture pairs them.
+transposed. Rows are in llama.cpp's order: pairs in q and k, q before k before v in one weight, by architecture.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
 from trimtab.core.merge import tied_parameters
+from trimtab.core.places import by_head
 from trimtab.interop.peft_lora import is_lora, pairs_of, stacked
 from trimtab.interop.saved import Saved
-from trimtab.models.gguf import INTERLEAVED, halves_from_pairs
+from trimtab.models.gguf import INTERLEAVED, PARTED, halves_from_pairs
 
 ARCHITECTURES = {"smollm3": "smollm3", "phi3": "phi3", "gpt2": "gpt2", "gpt_neox": "gptneox"}
 """Model types whose name in GGUF cannot be read off."""
@@ -40,6 +41,20 @@ def architecture(config: Any) -> str:
 def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
     """Rows of each head from (0, 1, ..., d − 1) to llama.cpp's order (0, d/2, 1, d/2 + 1, ...)."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+
+def parts_from_heads(weight: Tensor, config: Any) -> Tensor:
+    """Rows of one weight from head by head to all queries, all keys, all values."""
+    return torch.cat([rows.of(weight, 0) for rows in by_head(weight.shape[0], config).values()])
+
+
+def heads_from_parts(weight: Tensor, config: Any) -> Tensor:
+    """And back."""
+    found = by_head(weight.shape[0], config).values()
+    done = torch.empty_like(weight)
+    for rows, part in zip(found, weight.split([len(rows) for rows in found]), strict=True):
+        done = rows.put(done, part, 0)
+    return done
 
 
 def spelled(config: Any, arch: str) -> Any:
@@ -100,6 +115,8 @@ def write_gguf_lora(model: nn.Module, saved: Saved, path: str | Path) -> list[st
         if arch in INTERLEAVED and module.endswith((".q_proj", ".k_proj")):
             query = module.endswith(".q_proj")
             B = pairs_from_halves(B, text.num_attention_heads if query else text.num_key_value_heads)
+        if arch in PARTED and module.endswith(".query_key_value"):
+            B = parts_from_heads(B, text)
         embedding = isinstance(model.get_submodule(module), nn.Embedding)
         tensors[f"{name}.lora_a"] = A.mT if embedding else A
         tensors[f"{name}.lora_b"] = B
@@ -144,5 +161,7 @@ def read_gguf_lora(path: str | Path, config: Any) -> dict[str, Tensor]:
             if arch in INTERLEAVED and (".attn_q." in stem or ".attn_k." in stem):
                 heads = text.num_attention_heads if ".attn_q." in stem else text.num_key_value_heads
                 change = halves_from_pairs(change, heads)
+            if arch in PARTED and ".attn_qkv" in stem:
+                change = heads_from_parts(change, text)
             found[stem] = change
     return found

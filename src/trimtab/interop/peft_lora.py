@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import listing
 from trimtab.core.registry import find
+from trimtab.core.rows import Rows
 from trimtab.interop.peft_table import Layer, Tensors, refuse
 from trimtab.interop.saved import Draft, SavedPart, SavedSite
 
@@ -167,9 +168,8 @@ def joined(pairs: Sequence[Pair], out: int, power: float) -> Pair:
     B = first.B.new_zeros(out, sum(pair.A.shape[0] for pair in pairs))
     start = 0
     for pair, scale in zip(pairs, scales, strict=True):
-        rows = pair.site.place.rows or (0, out)
-        stop = start + pair.A.shape[0]
-        B[rows[0] : rows[1], start:stop] = pair.B * (scale / scales[0])
+        rows, stop = pair.site.place.rows or Rows(0, out), start + pair.A.shape[0]
+        B[:, start:stop] = rows.among(pair.B * (scale / scales[0]), out, 0)
         start = stop
     A = torch.cat([pair.A for pair in pairs])
     return Pair(first.site, A, B, scales[0] * A.shape[0] ** power)

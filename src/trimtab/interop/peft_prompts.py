@@ -18,7 +18,7 @@ from trimtab.interop.saved import Draft, SavedPart
 
 HALVES = (
     *("llama", "mistral", "ministral", "qwen2", "gemma", "granite", "olmo", "seed_oss", "arcee", "phi3"),
-    *("mixtral", "qwen2_moe"),
+    *("mixtral", "qwen2_moe", "gpt_neox"),
 )
 """Model types whose rotary positions turn the first half of a head against the second, with no norm on keys."""
 

@@ -5,7 +5,6 @@ Every conversion is a function from one of these to another, or to a foreign fil
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from trimtab.core.save import (
     VERSION,
     adapter_tensors,
     describe,
+    entry_of,
     place_of,
     plain_class,
     read_record,
@@ -128,12 +128,7 @@ def assemble(
         sites = []
         for draft in members:
             shape = list(site_at(model, State(), draft.place).base.shape)
-            known = {
-                key: value
-                for key, value in dataclasses.asdict(draft.place).items()
-                if value is not None and value is not False
-            }
-            sites.append(known | {"shape": shape})
+            sites.append(entry_of(draft.place) | {"shape": shape})
             tensors |= {f"{label}.{draft.place.name}.{key}": value for key, value in draft.tensors.items()}
         tensors |= {f"{label}.@shared.{key}": value for draft in members for key, value in draft.shared.items()}
         entries.append({"label": label, "method": to_json(method), "where": worded(members), "sites": sites})

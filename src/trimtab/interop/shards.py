@@ -22,7 +22,8 @@ from trimtab.core.errors import UserError, listing
 from trimtab.core.install import RawWeight, edit_raw
 from trimtab.core.merge import tied_parameters
 from trimtab.core.places import Place
-from trimtab.core.site import is_conv1d, splice
+from trimtab.core.rows import Rows
+from trimtab.core.site import is_conv1d
 from trimtab.interop.saved import Saved, SavedPart, SavedSite
 
 CHUNK = 1 << 24
@@ -153,9 +154,8 @@ def edited(edit: Edit, stored: Tensor) -> Tensor:
     if edit.is_bias:
         for delta in edit.deltas:
             method: Any = delta.method
-            rows = delta.rows or (0, wide.shape[0])
-            new = method.bias(wide[rows[0] : rows[1]], Cast(delta, wide.dtype))
-            wide = splice(wide, new, *rows, dim=0)
+            rows = delta.rows or Rows(0, wide.shape[0])
+            wide = rows.put(wide, method.bias(rows.of(wide), Cast(delta, wide.dtype)))
         return wide.to(stored.dtype)
     W = edit.layout.canonical(wide)
     for delta in edit.deltas:

@@ -143,8 +143,8 @@ class Around(nn.Module):
             y = self.above(x, base)
             return y if base.rest is None else (y, *base.rest)
         whole = self.module(x)
-        part = OpaqueBase(self.module, lambda x: self.module(x)[..., rows[0] : rows[1]], batch, (), {}, 0)
-        return torch.cat([whole[..., : rows[0]], self.above(x, part), whole[..., rows[1] :]], -1)
+        part = OpaqueBase(self.module, lambda x: rows.of(self.module(x)), batch, (), {}, 0)
+        return rows.put(whole, self.above(x, part))
 
 
 @law(13, "mixed", storages="kinds")

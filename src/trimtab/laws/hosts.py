@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,6 +97,41 @@ class FusedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (4, 6)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
         return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class HeadedAttention(nn.Module):
+    """Self-attention whose one projection has q, k and v of every head side by side, named and told as in GPT-NeoX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_key_value, self.dense = nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query_key_value(x).unflatten(-1, (4, 3, 6)).permute(3, 0, 2, 1, 4)
+        return self.dense(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class HeadedBlock(nn.Module):
+    """What puts that attention where its family's table looks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = HeadedAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x)
+
+
+class Headed(nn.Module):
+    """A model of that one block, with the configuration by which its family is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="gpt_neox", num_attention_heads=4, hidden_size=24)
+        self.layers = nn.ModuleList([HeadedBlock()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
 
 
 class TorchAttention(nn.Module):
@@ -207,6 +243,7 @@ def zoo() -> tuple[Host, ...]:
         Host("unbiased", "linear", lambda: Alone(nn.Linear(24, 20, bias=False)), hidden, "layer", layer),
         Host("conv1d", "linear", lambda: Alone(conv1d()), hidden, "layer", layer),
         Host("slice", "linear", lambda: Alone(FusedAttention()), hidden, "v", ("layer.c_attn",), thorough=True),
+        Host("heads", "linear", Headed, hidden, "v"),
         Host("embedding", "embedding", lambda: Alone(nn.Embedding(29, 24)), ids, "layer", thorough=True),
         Host("conv2d", "conv", lambda: Alone(nn.Conv2d(4, 20, 3, padding=1)), image, "layer", thorough=True),
         Host("grouped", "conv", lambda: Alone(nn.Conv2d(4, 20, 3, padding=1, groups=2)), image, "layer"),

@@ -109,8 +109,8 @@ def called(
         base = plain_base(module, place, 0)
         W, b = base.weight, base.bias
     if place.rows is not None:
-        rows = slice(*place.rows)
-        around = [n for n in range(y.shape[-1]) if not rows.start <= n < rows.stop]
+        rows = place.rows.of(torch.arange(y.shape[-1])).tolist()
+        around = sorted({*range(y.shape[-1])} - {*rows})
         close(y[..., around], h[..., around], 0, f"rows of {place.name} outside the slice")
         y, h, W, b = y[..., rows], h[..., rows], None if W is None else W[rows], None if b is None else b[rows]
     context = {"kind": kind, "role": place.role, "h": numpy(h), "prompt": numpy(inputs.get("attention_mask"))}
@@ -129,7 +129,7 @@ def raw(case: Case, frozen: nn.Module, module: nn.Module, place: Place, delta: D
     base = plain_base(frozen.get_submodule(place.module), place, 0)
     W, b = base.weight, base.bias
     if place.rows is not None:
-        rows = slice(*place.rows)
+        rows = place.rows.of(torch.arange(W.shape[-2])).tolist()
         W, edited = W[..., rows, :], edited[..., rows, :]
         b, b_edited = (None if one is None else one[..., rows] for one in (b, b_edited))
     x = torch.randn(6, W.shape[-1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -11,8 +11,10 @@ from trimtab.core.errors import UserError, listing
 if TYPE_CHECKING:
     import torch
 
-INTERLEAVED = ("llama", "mistral3", "granite")
+INTERLEAVED = ("llama", "mistral3", "granite", "smollm3", "arcee", "olmo")
 """Architectures whose files pair the rows of q and k for llama.cpp's rotary positions: (0, 1), (2, 3), ..."""
+PARTED = ("gptneox", "bloom", "falcon")
+"""Architectures with q, then k, then v in one weight of a file, where transformers has them head by head."""
 
 
 def read_weights(path: Path, names: list[str], config: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -496,6 +496,7 @@ def _model(
             )
         except Exception as error:
             raise _not_loadable(source, "weights", error) from error
+    level(model, dtype)
     missing, unexpected = set(report["missing_keys"]), sorted(report["unexpected_keys"])
     shapes = {key: (tuple(found), tuple(wanted)) for key, found, wanted in report["mismatched_keys"]}
     new = {key for key in missing | set(shapes) if task in _HEADS and _in_head(model, key)}
@@ -514,6 +515,15 @@ def _model(
     if unexpected:
         notes.append(f"{len(unexpected)} tensors of the checkpoint are not used: {listing(unexpected)}")
     return model, tuple(sorted({key.rpartition(".")[0] for key in new})), notes
+
+
+def level(model: Any, dtype: torch.dtype) -> None:
+    """Brings to `dtype` what the model makes in float32 without asking to keep it so: DeBERTa's q_bias and v_bias."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and not any(re.search(one, name) for one in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _in_head(model: Any, key: str) -> bool:
