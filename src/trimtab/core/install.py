@@ -37,7 +37,7 @@ from trimtab.core.site import (
     is_conv1d,
     kind_of,
 )
-from trimtab.core.swap import inner_forward, swap, unswap
+from trimtab.core.swap import below, inner_forward, made, swap, unswap
 
 INPUT_NAMES = ("hidden_states", "input", "inputs", "x")
 
@@ -350,9 +350,9 @@ def uninstall(module: nn.Module, adapter: str, gone: Collection[str] | None = No
 def frozen_base(module: nn.Module, place: Place) -> Base:
     """The Base of a module that is called, below any deltas on it."""
     cls: Any = type(module)
-    while "_origin" in vars(cls) and cls._origin[1] is not edited_forward:
-        cls = cls._origin[0]
-    inner = inner_forward(module, cls._origin[0] if "_origin" in vars(cls) else type(module))
+    while (origin := made(cls)) is not None and origin[1] is not edited_forward:
+        cls = below(cls)
+    inner = inner_forward(module, type(module) if origin is None else origin[0])
     host = host_class(module)
     return plain_base(module, place, 0) if host is None else host(module, inner)
 

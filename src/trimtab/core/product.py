@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from trimtab.core.remake import kept, kept_tensors
 from trimtab.core.scratch import room
 from trimtab.core.site import Base, LinearBase
+from trimtab.core.swap import below
 
 NARROW = 16
 LARGE = 1 << 16
@@ -67,8 +68,8 @@ def frozen_weight(base: Base, x: Tensor) -> Tensor | None:
     W, b = module._parameters.get("weight"), module._parameters.get("bias")
     cls = type(module)
     while vars(cls).get("_transparent"):
-        cls = cls._origin[0]
-    plain = getattr(cls, "_origin", (cls,))[0].forward is nn.Linear.forward and "_inner_forward" not in module.__dict__
+        cls = below(cls)
+    plain = below(cls).forward is nn.Linear.forward and "_inner_forward" not in module.__dict__
     if not plain or type(W) is not nn.Parameter or type(x) not in (Tensor, nn.Parameter) or W.dtype != x.dtype:
         return None
     trained = W.requires_grad or (b is not None and b.requires_grad)

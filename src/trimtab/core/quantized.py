@@ -24,7 +24,7 @@ from trimtab.core.product import product, shaped
 from trimtab.core.registry import find, from_json, to_json
 from trimtab.core.rows import Rows
 from trimtab.core.site import is_conv1d
-from trimtab.core.swap import subclass
+from trimtab.core.swap import below, made, subclass
 
 # --------------------------------------------------------------------------------------------------- the operators
 
@@ -437,7 +437,7 @@ def dequantize_module(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         W = code.dense()
     swapped = type(module)
-    module.__class__ = swapped._origin[0]  # type: ignore[attr-defined]
+    module.__class__ = below(swapped)
     _rebind(module, swapped, type(module))
     del module._modules["code"]
     W = W.mT.contiguous() if is_conv1d(module) else W
@@ -500,7 +500,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_outermost(module: nn.Module) -> bool:
-    origin = vars(type(module)).get("_origin")
+    origin = made(type(module))
     return origin is not None and origin[1] is quantized_linear
 
 

@@ -38,6 +38,7 @@ from trimtab.core.registry import from_json, name_of, to_json
 from trimtab.core.rounded import Rounded
 from trimtab.core.rows import Rows
 from trimtab.core.site import OpaqueBase, RawBase, Site
+from trimtab.core.swap import below, made
 from trimtab.core.tensor_file import write_tensors
 
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
@@ -209,8 +210,8 @@ def plain_class(model: nn.Module) -> str:
     """The class a model had before anything was swapped, or sharded: FSDP2 makes a class of its own and the model's."""
     cls: Any = type(model)
     while True:
-        if "_origin" in vars(cls):
-            cls = cls._origin[0]
+        if made(cls) is not None:
+            cls = below(cls)
         elif cls.__bases__[0].__name__ == "FSDPModule":
             cls = cls.__bases__[1]
         else:

@@ -31,9 +31,16 @@ def swap(module: nn.Module, maker: Callable[..., dict[str, Any]], *args: Any) ->
         module.__dict__.setdefault("_inner_forward", {})[original] = module.__dict__.pop("forward")
 
 
+def swap_alike(module: nn.Module, other: nn.Module) -> None:
+    """Give `module` the latest swap of `other`."""
+    origin = made(type(other))
+    if origin is not None:
+        swap(module, origin[1], *origin[2])
+
+
 def unswap(module: nn.Module) -> None:
     """Undo the latest swap."""
-    original = type(module)._origin[0]  # type: ignore[attr-defined]
+    original = below(type(module))
     module.__class__ = original
     patched = module.__dict__.get("_inner_forward", {})
     if original in patched:
@@ -42,11 +49,21 @@ def unswap(module: nn.Module) -> None:
         module.__dict__.pop("_inner_forward", None)
 
 
-def original(module: nn.Module) -> type:
-    """The class of a module below every swap."""
-    cls = type(module)
-    while "_origin" in vars(cls):
-        cls = cls._origin[0]  # type: ignore[attr-defined]
+def made(cls: type) -> tuple[Any, Callable[..., dict[str, Any]], tuple[Any, ...]] | None:
+    """The class that one was made from, its maker and the maker's arguments; None where `subclass` did not make it."""
+    return vars(cls).get("_origin")
+
+
+def below(cls: type) -> Any:
+    """The class that one was made from, or itself."""
+    origin = made(cls)
+    return cls if origin is None else origin[0]
+
+
+def original(cls: type) -> Any:
+    """The class below every swap."""
+    while made(cls) is not None:
+        cls = below(cls)
     return cls
 
 
@@ -61,10 +78,9 @@ def inner_forward(module: nn.Module, cls: type) -> Callable[..., Any]:
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     chain: list[tuple[Any, ...]] = []
     cls: Any = type(self)
-    while "_origin" in vars(cls):
-        original, maker, args = cls._origin
+    while (origin := made(cls)) is not None:
+        cls, maker, args = origin
         chain.append((maker, args))
-        cls = original
     return _blank, (cls, tuple(reversed(chain))), self.__dict__
 
 

@@ -147,9 +147,9 @@ def plain_attention(model: nn.Module, longest: int) -> bool:
 
 def hands_on(model: nn.Module) -> bool:
     """Whether what a forward is given beyond its own arguments reaches the model's attentions."""
-    within = [path for path, module in model.named_modules() if on_interface(original(module))]
+    within = [path for path, module in model.named_modules() if on_interface(original(type(module)))]
     above = {path[:end] for path in within for end, sign in enumerate(path) if sign == "."} | {"", *within}
-    passing = [original(model.get_submodule(path)) for path in above]
+    passing = [original(type(model.get_submodule(path))) for path in above]
     return bool(within) and all(hands_keywords_on(cls) for cls in passing if cls is not nn.ModuleList)
 
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trimtab.core.attach import SHARED
 from trimtab.core.errors import UserError
-from trimtab.core.swap import original, swap, unswap
+from trimtab.core.swap import below, original, swap, unswap
 from trimtab.engine import rerun as rerunning
 from trimtab.engine.rerun import Disk, PinnedHost, Place, Shelf, can_rerun, rerun, taken_apart
 from trimtab.engine.selective import Results, candidate
@@ -70,7 +70,7 @@ def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
     stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     alike = [stack for stack in stacks if len({frozenset(parts(block)) for block in stack}) == 1 and parts(stack[0])]
     deepest = max(alike, key=lambda stack: (len(stack), size_of(stack)), default=[])
-    return [stack for stack in alike if original(stack[0]) is original(deepest[0])]
+    return [stack for stack in alike if original(type(stack[0])) is original(type(deepest[0]))]
 
 
 def parts(block: nn.Module) -> set[str]:
@@ -184,7 +184,7 @@ def grouped(cls: type) -> dict[str, Any]:
         group: Group = self.__dict__["_trimtab_again"]
         if self is group.blocks[0]:
             group.given = (args, kwargs)
-            runs = [partial(type(block)._origin[0].__call__, block) for block in group.blocks]  # type: ignore[attr-defined]
+            runs = [partial(below(type(block)).__call__, block) for block in group.blocks]
             run, given = partial(_in_turn, runs), (x, *args)
             out = group.how(run, given, kwargs) if trains(group.blocks, given, kwargs) else run(*given, **kwargs)
             group.beside = out[1:] if isinstance(out, tuple) else None

@@ -29,13 +29,13 @@ from trimtab.core.method import Placed
 from trimtab.core.optimizer import Optimizer
 from trimtab.core.registry import name_of
 from trimtab.core.rounded import kept_in
-from trimtab.core.swap import swap
+from trimtab.core.swap import swap_alike
 from trimtab.data.batches import collate
 from trimtab.data.encoded import Encoded
 from trimtab.data.packing import Pack, bag, pack
 from trimtab.engine.attention import can_pack, edited_ends, reads_positions
 from trimtab.engine.encoder import Seam, candidates
-from trimtab.engine.faster import gate_namespace, norm_namespace, quick_gate, quick_norm, running
+from trimtab.engine.faster import quick_gate, quick_norm, running
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
 from trimtab.models.loading import DTYPES
 from trimtab.plan.live import Live
@@ -401,8 +401,7 @@ def quicken(module: nn.Module) -> None:
         twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters}}
         twin._parameters["weight"] = nn.Parameter(torch.linspace(0.5, 1.5, len(w), dtype=w.dtype), requires_grad=False)
         if quick_norm(twin):
-            _, _, args = type(twin)._origin  # type: ignore[attr-defined]
-            swap(module, norm_namespace, *args)
+            swap_alike(module, twin)
     elif {"gate_proj", "up_proj", "down_proj"} <= set(module._modules) and not module._parameters:
         if "delta" in module._modules:
             return
@@ -416,8 +415,7 @@ def quicken(module: nn.Module) -> None:
             layer.requires_grad_(False)
             twin._modules[name] = layer
         if quick_gate(twin):
-            _, _, args = type(twin)._origin  # type: ignore[attr-defined]
-            swap(module, gate_namespace, *args)
+            swap_alike(module, twin)
 
 
 @torch.no_grad()
