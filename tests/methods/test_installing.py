@@ -396,3 +396,16 @@ def test_hooks_of_accelerate_stay_in_place(method: Any) -> None:
     assert torch.equal(model(x), frozen)
     hooks.remove_hook_from_module(model[1])
     assert torch.equal(model(x), plain)
+
+
+def test_parts_that_want_different_things_measured_at_one_site_are_refused() -> None:
+    """What is measured goes by the name of its site: the second would take the first one's place."""
+    model = laws.hosts.Alone(nn.Linear(24, 20))
+    both = [tt.LoRA(rank=2, start="corda").at("layer"), tt.FishMask().at("layer")]
+    with pytest.raises(tt.UserError, match="at layer one part wants its covariance, another its fisher"):
+        tt.attach(model, both, statistics={"layer": torch.eye(24)})
+    texts = [tt.PrefixTuning(hidden=None, start="text", tokens=tokens).at("k") for tokens in ((3, 4), (5, 6))]
+    with pytest.raises(tt.UserError, match="its activations, another those of another text"):
+        tt.attach(next(one for one in laws.zoo() if one.name == "decoder").build(), texts)
+    same = [tt.LoRA(rank=2, start="corda").at("layer"), tt.LoRA(rank=3, start="corda").at("layer")]
+    tt.attach(model, same, statistics={"layer": torch.eye(24)})

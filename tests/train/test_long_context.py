@@ -60,9 +60,16 @@ def test_a_run_from_file_to_a_longer_context(model: Path, rows: Path, tmp_path: 
 
 
 def test_training_is_in_groups_and_measuring_is_not(model: Path, rows: Path, tmp_path: Path) -> None:
-    job = prepare(recipe(model, rows, output=str(tmp_path / "run")), Reporter())
+    told: list[str] = []
+
+    class Noting(Reporter):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    job = prepare(recipe(model, rows, output=str(tmp_path / "run")), Noting())
     longest = max(len(row.ids) for row in (*job.train_rows, *job.heldout_rows))
     assert job.group == group_for(longest) < longest / 3
+    assert f"the longest row has {longest} tokens: such short groups cost quality (--attention full)" in told
     name = f"trimtab_shifted_{job.group}"
     seen: list[tuple[str, bool]] = []
     block = job.model.model.layers[0].self_attn

@@ -125,7 +125,25 @@ def plan(model: nn.Module, method: Attachable, where: str | None = None) -> list
             raise UserError(f"attach({type(one).__name__}): {listing(problems, 5)}")
         parts.append(Part(one, place, label, places))
         sources(model, parts[-1])
+    one_statistic(parts)
     return parts
+
+
+def one_statistic(parts: Sequence[Part]) -> None:
+    """Refuse parts that want different things measured at one site: what is measured goes by the name of its site."""
+    seen: dict[str, tuple[str, Any]] = {}
+    problems = []
+    for part in parts:
+        if part.method.statistics is None:
+            continue
+        wanted = (part.method.statistics, getattr(part.method, "tokens", ()))
+        for place in part.places:
+            first = seen.setdefault(place.name, wanted)
+            if first != wanted:
+                other = "those of another text" if first[0] == wanted[0] else f"its {wanted[0]}"
+                problems.append(f"at {place.name} one part wants its {first[0]}, another {other}")
+    if problems:
+        raise UserError(f"attach: {listing(problems, 3)}", fix="attach one part after the other, each with its own")
 
 
 def sources(model: nn.Module, part: Part) -> list[Reading | None]:

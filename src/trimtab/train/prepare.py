@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 PROBE_RATE = 2e-2
 """Learning rate where only a new head trains, on frozen features: at the rate of full fine-tuning it hardly moves."""
+LONG = 1024
+"""Tokens of the longest row below which training in groups of a quarter of it is remarked on."""
 
 
 def prepare(
@@ -152,6 +154,8 @@ def prepare(
     tell.note(f"packing: {packing}")
     if group is not None:
         tell.note(f"attention while training: in groups of {group} tokens, half of the heads shifted")
+        if longest < LONG:
+            tell.note(f"the longest row has {longest} tokens: such short groups cost quality (--attention full)")
 
     record = {
         "status": "running",
