@@ -1,6 +1,6 @@
 """The quality of every registered method at one budget: SST-2 or MRPC on MiniLM-L6, E2E on SmolLM2-135M-Instruct.
 
-    python benchmarks/methods.py --data DIR [--task sst2|mrpc|e2e ...] [--methods GLOB ...] [--minutes N]
+    python benchmarks/methods.py --data DIR [--task sst2|mrpc|e2e ...] [--methods GLOB ...] [--minutes N] [--rows N]
 
 DIR holds `glue/SST-2`, `glue/MRPC` and `e2e`. Every method and preset of the registry trains once over the same rows,
 at its default sites and settings (but for `SETTINGS`), at each of `--rates` times its default learning rate and, while
@@ -13,7 +13,7 @@ run.
 
 A finished run is a line of `benchmarks/results/methods/<task>.jsonl`: started again, the benchmark goes on behind the
 last one, and several processes may share the file, each with other `--methods`. `<task>.json` has the table with its
-conditions, `<task>.md` the same to read.
+conditions, `<task>.md` the same to read. With `--rows`, another number of training rows, they are `<task>-<rows>`.
 """
 
 from __future__ import annotations
@@ -546,14 +546,14 @@ def main() -> None:
     for name in asked.task:
         task = replace(TASKS[name], rows=asked.rows) if asked.rows else TASKS[name]
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(name, task, asked.data, Path(folder))
+            bench = Bench(f"{name}-{asked.rows}" if asked.rows else name, task, asked.data, Path(folder))
             try:
                 complete &= carry_out(bench, compared(task, asked.methods), asked.rates, until)
             except Stopped:
                 complete = False
                 until = time.monotonic()
             publish(bench, compared(task, ["*"]), asked.rates)
-            print((RESULTS / f"{name}.md").read_text(encoding="utf-8"))
+            print((RESULTS / f"{bench.name}.md").read_text(encoding="utf-8"))
     if not complete:
         sys.exit("not all is done; start again to go on")
 

@@ -1,12 +1,13 @@
 """Our training step against Hugging Face's Trainer with PEFT: SST-2 on MiniLM-L6, LoRA on q and v, batches of 32.
 
-    python benchmarks/vs_trainer.py --data DIR [--steps 40] [--rounds 3]
+    python benchmarks/vs_trainer.py --data DIR [--steps 40] [--rounds 3] [--avx2]
 
 DIR holds `glue/SST-2/train.tsv`. Each side runs in processes of its own, alternately, `--rounds` times; the first five
 steps warm up and are not timed. Both start from one LoRA and one classifier and see the same batches in the same random
 order, without dropout, so their losses must agree. Trainer pads each batch to its longest row; we put the rows end to
 end. Trainer at its best is a third side: batches of rows of like length, hardly padded, which changes what a step
-trains on. Writes `benchmarks/results/vs_trainer-sst2.json`.
+trains on. `--avx2` keeps all sides to AVX2 where the machine has more. Writes
+`benchmarks/results/vs_trainer-sst2[-avx2].json`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from vs_trl import AVX2
 
 RESULTS = Path(__file__).parent / "results"
 WARM, BATCH, RATE = 5, 32, 2e-3
@@ -181,7 +184,9 @@ def trainer(asked: argparse.Namespace) -> dict[str, Any]:
 def side(asked: argparse.Namespace, name: str) -> dict[str, Any]:
     """One run of one side in a process of its own."""
     arguments = [*sys.argv[1:], "--side", name, "--folder", str(asked.folder)]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    environment = os.environ | (AVX2 if asked.avx2 else {})
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1]) if name != "rows" else {}
@@ -192,6 +197,7 @@ def main() -> None:
     reader.add_argument("--data", type=Path, required=True)
     reader.add_argument("--steps", type=int, default=40)
     reader.add_argument("--rounds", type=int, default=3)
+    reader.add_argument("--avx2", action="store_true")
     reader.add_argument("--side", choices=("ours", "trainer", "sorted", "rows"), help=argparse.SUPPRESS)
     reader.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = reader.parse_args()
@@ -231,7 +237,7 @@ def main() -> None:
         "losses": losses,
         "conditions": {
             "threads": torch.get_num_threads(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cpu": "AVX2" if asked.avx2 else torch.backends.cpu.get_cpu_capability(),
             "precision": "float32",
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
@@ -241,7 +247,8 @@ def main() -> None:
         },
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "vs_trainer-sst2.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    name = f"vs_trainer-sst2{'-avx2' if asked.avx2 else ''}.json"
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=2))
 
 
