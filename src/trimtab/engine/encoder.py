@@ -2,7 +2,8 @@
 
 An encoder that reads its label off each row's first token needs nothing else of the last block once attention has
 mixed the row: those tokens alone go on from there, as rows of one position. Where that seam is, and where positions
-count from, is found by trying: the packed outputs of a few rows must be their padded ones.
+count from, is found by trying: the packed outputs of a few rows must be their padded ones, in float32, where rounding
+does not hide that they are not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.core.quantized import Code
 from trimtab.core.select import select
 from trimtab.data.batches import collate
 from trimtab.data.encoded import Encoded
@@ -66,17 +68,33 @@ def exact(model: Any, seam: Seam, rows: Sequence[Encoded], pad_id: int) -> bool:
     model.eval()
     try:
         batch = {key: value.to(device) for key, value in collate(rows, pad_id).items() if key != "labels"}
-        padded = model(**batch).logits.float()
-        with segments_in(model), first_tokens(model, seam):
-            packed = outputs(model, bag(rows, seam.first_position).to(device)).float()
+        with in_float32(model):
+            padded = model(**batch).logits
+            with segments_in(model), first_tokens(model, seam):
+                packed = outputs(model, bag(rows, seam.first_position).to(device))
     except (UserError, TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False  # a method may refuse what packing puts in place of torch's attention
     finally:
         model.train(training)
     if packed.shape != padded.shape:
         return False
-    rounding = 64 * torch.finfo(next(model.parameters()).dtype).eps
-    return bool((packed - padded).abs().max() <= max(EXACT, rounding) * padded.abs().max())
+    return bool((packed - padded).abs().max() <= EXACT * padded.abs().max())
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """The model computes in float32 inside, with the numbers it has; then its tensors are the very same again."""
+    modules = [module for module in model.modules() if not isinstance(module, Code)]  # which reads x of any dtype
+    own = {id(one): one for module in modules for one in (*module._parameters.values(), *module._buffers.values())}
+    narrow = [one for one in own.values() if one is not None and one.is_floating_point() and one.element_size() < 4]
+    kept = [one.data for one in narrow]
+    try:
+        for one in narrow:
+            one.data = one.data.float()
+        yield
+    finally:
+        for one, data in zip(narrow, kept, strict=True):
+            one.data = data
 
 
 def outputs(model: Any, rows: Any) -> Tensor:
