@@ -69,6 +69,41 @@ def test_a_quantized_base_passes(model: Path, rows: Path) -> None:
     assert [one.name for one in found if one.passed is None] == ["merged = unmerged"]
 
 
+ROUNDED = "as the run has them, in bfloat16 = alone"
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "houlsby"])
+def test_a_model_of_half_precision_is_compared_in_float32(model: Path, rows: Path, method: str) -> None:
+    found = {one.name: one for one in verify(recipe(model, rows, method=method, dtype="bfloat16"))}
+    assert failed(list(found.values())) == []
+    exact = [one for name, one in found.items() if name.endswith("= alone") and name != ROUNDED]
+    assert {one.bound for one in exact} == {1e-5}
+    assert max(one.measured or 0.0 for one in exact) > 0
+    rounded = found[ROUNDED]
+    assert rounded.measured is not None
+    assert rounded.bound is not None
+    assert 1e-4 < rounded.measured <= rounded.bound < 0.5
+
+
+def test_without_room_for_that_its_own_rounding_is_the_bound(
+    model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.engine.precision.host_memory", lambda: 1e3)
+    found = verify(recipe(model, rows, method="lora", dtype="bfloat16"))
+    assert failed(found) == []
+    assert ROUNDED not in [one.name for one in found]
+    assert {one.bound for one in found if one.name == "packed = alone"} == {8 * torch.finfo(torch.bfloat16).eps}
+
+
+def test_a_run_that_goes_wrong_in_half_precision_only_is_found_out(
+    model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = module.Job.together
+
+    monkeypatch.setattr(module.Job, "together", lambda self, chosen: plain(self, chosen[1:]))
+    assert failed(verify(recipe(model, rows, method="lora", dtype="bfloat16"))) == [ROUNDED]
+
+
 def wrong_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of means: every batch divided by its own count."""
     plain = module.terms_of

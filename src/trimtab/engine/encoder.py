@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
-from trimtab.core.quantized import Code
 from trimtab.core.select import select
 from trimtab.data.batches import collate
 from trimtab.data.encoded import Encoded
 from trimtab.data.packing import bag
 from trimtab.engine.attention import plain_attention, reads_positions, segments_in
+from trimtab.engine.precision import in_float32
 
 EXACT = 1e-4
 """Largest difference of packed and padded outputs, relative to the largest output."""
@@ -79,22 +79,6 @@ def exact(model: Any, seam: Seam, rows: Sequence[Encoded], pad_id: int) -> bool:
     if packed.shape != padded.shape:
         return False
     return bool((packed - padded).abs().max() <= EXACT * padded.abs().max())
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """The model computes in float32 inside, with the numbers it has; then its tensors are the very same again."""
-    modules = [module for module in model.modules() if not isinstance(module, Code)]  # which reads x of any dtype
-    own = {id(one): one for module in modules for one in (*module._parameters.values(), *module._buffers.values())}
-    narrow = [one for one in own.values() if one is not None and one.is_floating_point() and one.element_size() < 4]
-    kept = [one.data for one in narrow]
-    try:
-        for one in narrow:
-            one.data = one.data.float()
-        yield
-    finally:
-        for one, data in zip(narrow, kept, strict=True):
-            one.data = data
 
 
 def outputs(model: Any, rows: Any) -> Tensor:

@@ -31,6 +31,7 @@ from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.checkpointing import POLICIES, checkpointing
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum, on, terms_of
+from trimtab.engine.precision import in_float32, narrow_tensors, room_for_float32
 from trimtab.train.job import Job
 from trimtab.train.prepare import prepare
 from trimtab.train.recipe import Recipe
@@ -76,7 +77,24 @@ def verify(recipe: Recipe, rows: int = 7, reporter: Reporter | None = None) -> l
 
 
 def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
-    """Every way of putting the same rows through the model against each row alone."""
+    """Every way of putting the same rows through the model against each row alone.
+
+    A model of half precision is compared in float32, where there is room for that; then once more at its own, where
+    each row alone is off by its rounding, and the run may be off by twice as much.
+    """
+    if not narrow_tensors(job.model) or not room_for_float32(job.model):
+        return ways_of(job, rows)[0]
+    with in_float32(job.model):
+        found, exact = ways_of(job, rows)
+    rounded = gradients(job, [padded(job, [row]) for row in rows])
+    kind = str(next(one.dtype for one in narrow_tensors(job.model))).removeprefix("torch.")
+    bound = max(COARSE * torch.finfo(getattr(torch, kind)).eps, 2 * difference(rounded, exact)[0])
+    apart, worst = difference(gradients(job, [job.together(rows)], job.pieces), rounded)
+    return [*found, Check(f"as the run has them, in {kind} = alone", apart <= bound, apart, bound, worst)]
+
+
+def ways_of(job: Job, rows: Sequence[Encoded]) -> tuple[list[Check], dict[str, Tensor]]:
+    """A check for every way, and the gradients of each row alone."""
     kind = next(parameter.dtype for parameter in job.model.parameters() if parameter.is_floating_point())
     bound = BOUNDS.get(kind, COARSE * torch.finfo(kind).eps)
     alone = gradients(job, [padded(job, [row]) for row in rows])
@@ -112,7 +130,7 @@ def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
         found.append(Check(name, apart <= bound, apart, bound, worst))
     if not packing and job.seam is None:
         found.append(Check("packed = alone", None, note="this model, task or method is not packed"))
-    return found
+    return found, alone
 
 
 def padded(job: Job, rows: Sequence[Encoded]) -> dict[str, Tensor]:
