@@ -79,6 +79,7 @@ def test_a_model_of_half_precision_is_compared_in_float32(model: Path, rows: Pat
     exact = [one for name, one in found.items() if name.endswith("= alone") and name != ROUNDED]
     assert {one.bound for one in exact} == {1e-5}
     assert max(one.measured or 0.0 for one in exact) > 0
+    assert found["merged = unmerged"].bound == (None if method == "houlsby" else 1e-4)
     rounded = found[ROUNDED]
     assert rounded.measured is not None
     assert rounded.bound is not None

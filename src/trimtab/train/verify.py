@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -241,13 +242,15 @@ def files(model: nn.Module, folder: Path) -> list[Check]:
 
 @torch.no_grad()
 def endings(job: Job, rows: Sequence[Encoded], before: str, folder: Path) -> list[Check]:
-    """Merged and detached models."""
+    """Merged and detached models, a merged one of half precision in float32 where there is room for that."""
     model = job.model.eval()
+    exactly: Any = in_float32 if room_for_float32(model) else nullcontext
     parts = [part for adapter in require_state(model, "verify").adapters.values() for part in adapter.parts]
     batch = padded(job, rows)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     own = {key: value.detach().clone() for key, value in adapter_tensors(model, "default").items()}
-    edited = model(**inputs).logits.float()
+    with exactly(model):
+        edited = model(**inputs).logits.float()
     detach(model)
     found = [Check("detached, the base has its bits back", fingerprint(model.state_dict()) == before)]
     stuck = [type(part.method).__name__ for part in parts if not part.method.mergeable]
@@ -261,13 +264,15 @@ def endings(job: Job, rows: Sequence[Encoded], before: str, folder: Path) -> lis
     load(model, folder / "adapter")
     for key, value in adapter_tensors(model, "default").items():
         value.copy_(own[key])
-    merge(model)
-    apart, size = (model(**inputs).logits.float() - edited).abs(), edited.abs()
+    with exactly(model):
+        merge(model)
+        kind = next(model.parameters()).dtype
+        apart, size = (model(**inputs).logits.float() - edited).abs(), edited.abs()
     if edited.ndim == 3:
         real = batch["labels"] != IGNORED if job.task == "seq2seq" else inputs["attention_mask"].bool()
         apart, size = apart[real], size[real]
     measured = float(apart.max() / size.max())
-    bound = 10 * BOUNDS.get(next(model.parameters()).dtype, COARSE * torch.finfo(next(model.parameters()).dtype).eps)
+    bound = 10 * BOUNDS.get(kind, COARSE * torch.finfo(kind).eps)
     return [*found, Check("merged = unmerged", measured <= bound, measured, bound, "logits")]
 
 
