@@ -12,8 +12,10 @@ from tests.cli.conftest import WORDS, save_model, write_rows
 
 from trimtab.cli.eval import command
 from trimtab.core.errors import UserError
+from trimtab.evaluate.generate import generate
 from trimtab.train.recipe import recipe_from
 from trimtab.train.run import tune
+from trimtab.train.rundir import open_run
 
 
 def evaluated(*arguments: str) -> dict[str, Any]:
@@ -78,6 +80,20 @@ def test_a_classifier(tmp_path: Path) -> None:
     other = write_rows(tmp_path / "other.jsonl", [{"text": "a", "label": "huge"}, {"text": "b", "label": "long"}])
     with pytest.raises(UserError, match="labels huge are none of the model's: "):
         evaluated(str(tmp_path / "run"), "--data", str(other))
+
+
+def test_an_encoder_decoder_reads_what_it_was_trained_on(tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {one}", "completion": f"{one} {one}"} for one in WORDS[:8]]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    model = save_model(tmp_path / "t5", chat=True, architecture="t5")  # its template is for none of its prompts
+    values = {"model": str(model), "data": str(data), "steps": 2, "heldout": str(data), "dtype": "float32"}
+    result = tune(recipe_from(values | {"output": str(tmp_path / "run")}))
+    found = evaluated(str(tmp_path / "run"), "--data", str(data), "--metrics", "all", "--max-new-tokens", "6")
+    assert found["scores"]["loss"] == pytest.approx(result.after["loss"], rel=1e-6)
+    trained, words = open_run(tmp_path / "run").load("cpu")
+    answers = [one["answer"] for one in json.loads(Path(found["written"]).read_text())["answers"]]
+    prompts = [words(row["prompt"]).input_ids for row in rows]
+    assert answers == generate(trained, words, prompts, 6)
 
 
 def test_what_can_be_wrong(chat: dict[str, str]) -> None:

@@ -28,6 +28,7 @@ METHODS = {
     "houlsby": lambda: tt.Houlsby(bottleneck=4),
     "prefix": lambda: tt.PrefixTuning(length=3, hidden=8),
     "full": lambda: tt.Full(),
+    "hira": lambda: tt.HiRA(rank=2),
 }
 
 

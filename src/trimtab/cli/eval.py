@@ -254,9 +254,12 @@ def losses(subject: Subject, rows: Sequence[Any], options: Options) -> dict[str,
     from trimtab.evaluate.glue import labelled_scores
     from trimtab.evaluate.loss import evaluate
 
-    settings = {"max_length": options.max_length or subject.settings.get("max_length"), "truncation": "right"}
+    settings: dict[str, Any] = {"max_length": options.max_length or subject.settings.get("max_length")}
+    settings["truncation"] = "right"
     settings |= {"train_on": subject.settings["train_on"]} if "train_on" in subject.settings else {}
-    encoded = encode_all(rows, subject.tokenizer, labels=labels_of(subject, rows), **settings)  # type: ignore[arg-type]
+    if subject.task == "seq2seq":
+        settings["decoder_start"] = getattr(subject.model.config, "decoder_start_token_id", None)
+    encoded = encode_all(rows, subject.tokenizer, labels=labels_of(subject, rows), **settings)
     pad = int(subject.tokenizer.pad_token_id)
     with bar("loss", len(encoded)) as tick:
         found = evaluate(subject.model, encoded, subject.task, pad, batch_size=options.batch_size, progress=tick)
@@ -294,7 +297,8 @@ def generated(
     for row in rows:
         inputs.setdefault(row.prompt_key(), []).append(row)
     groups = list(inputs.values())[: options.limit]
-    prompts = [inference_prompt(group[0], subject.tokenizer) for group in groups]
+    reads = subject.task == "seq2seq"
+    prompts = [inference_prompt(group[0], subject.tokenizer, encoder=reads) for group in groups]
     with bar("answers", len(prompts)) as tick:
         answers = generate(subject.model, subject.tokenizer, prompts, options.max_new_tokens, options.batch_size, tick)
     references = [[row.completion for row in group] for group in groups]

@@ -257,7 +257,7 @@ class Hall:
         chosen = [one for one in self.examples["judge"] if isinstance(one, PromptCompletion)][:SAMPLES]
         if not chosen:
             return []
-        prompts = [inference_prompt(one, loaded.tokenizer) for one in chosen]
+        prompts = [inference_prompt(one, loaded.tokenizer, encoder=self.task == "seq2seq") for one in chosen]
         answers = generate(model, loaded.tokenizer, prompts, SAMPLE_TOKENS)
         return [
             {"prompt": one.prompt, "wanted": one.completion, "answer": answer}

@@ -211,8 +211,11 @@ def inference_prompt(
     *,
     template: Template = "auto",
     separator: str = "",
+    encoder: bool = False,
 ) -> list[int]:
     """The ids to generate from: those the training row starts with, up to the answer.
+
+    With `encoder` they are what an encoder-decoder reads of an example: its prompt without a template, and its end.
 
     An example is cut before its last answer; messages must end with what is to be answered; a string is one user
     message (without a template: the prompt itself). The ids are those the row's encoding starts with, but for rows that
@@ -221,6 +224,8 @@ def inference_prompt(
     check_tokenizer(tokenizer)
     if isinstance(example, Labelled):
         raise UserError("inference_prompt: a labelled example has no answer to generate", fix="encode it instead")
+    if encoder and isinstance(example, PromptCompletion | Conversation):
+        return source_ids(Plain(tokenizer, separator).prompt(example), tokenizer)
     wording = wording_of(tokenizer, "plain" if isinstance(example, Text) else template, separator)
     messages: list[dict[str, str]] = []
     if isinstance(example, Text | str | PromptCompletion):
@@ -269,8 +274,8 @@ def fingerprint(
 
 
 def require_same_words(tokenizer: PreTrainedTokenizerBase, trained_with: str, where: str) -> None:
-    """Refuse a tokenizer or chat template other than the one an adapter was trained with."""
-    found = {fingerprint(tokenizer, worded=worded) for worded in (True, False)}
+    """Refuse a tokenizer or chat template other than the one an adapter was trained with, if it was with a template."""
+    found = {fingerprint(tokenizer), fingerprint(tokenizer, worded=False), fingerprint(tokenizer, template="plain")}
     if trained_with not in found:
         raise UserError(
             f"{where}: its tokenizer or chat template is not the one this adapter was trained with "

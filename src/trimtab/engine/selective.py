@@ -83,9 +83,8 @@ class FirstRun(TorchDispatchMode):
         name = candidate(operator, args) if not kwargs or "out" not in kwargs else None
         if name is not None:
             first = out[0] if isinstance(out, tuple) else out
-            most = max(
-                one.numel() for one in args if isinstance(one, Tensor) and not isinstance(one, torch.nn.Parameter)
-            )
+            read = [one for one in args if isinstance(one, Tensor) and not isinstance(one, torch.nn.Parameter)]
+            most = max((one.numel() for one in read), default=0)  # of parameters alone (HiRA's B A) nothing is held
             wanted = first.nbytes >= LEAST and first.numel() <= most
             self.found.append((name, read_by(args), out if wanted else None, first._version))
         return out
