@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.engine.precision import exactly
 from trimtab.train.rundir import Run
 
 PROBES, PROBE_TOKENS = 4, 128
@@ -81,11 +82,15 @@ def random_rows(model: nn.Module, tokenizer: Any, count: int, longest: int) -> t
 
 
 def log_probabilities(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """log softmax of the model's outputs for each row alone, in fp32 on the CPU; a single output stays as it is."""
+    """log softmax of the model's outputs for each row alone, on the CPU; a single output stays as it is.
+
+    Computed in float32 where there is room for that: of two models of half precision what is left between them is then
+    the rounding of their weights.
+    """
     device = next(model.parameters()).device
     outputs: list[Tensor] = []
     encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    with torch.no_grad():
+    with torch.no_grad(), exactly(model):
         for ids in rows:
             given = torch.tensor([list(ids)], device=device)
             more = {"decoder_input_ids": given} if encoder else {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.checkpointing import POLICIES, checkpointing
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum, on, terms_of
-from trimtab.engine.precision import in_float32, narrow_tensors, room_for_float32
+from trimtab.engine.precision import exactly, in_float32, narrow_tensors, room_for_float32
 from trimtab.train.job import Job
 from trimtab.train.prepare import prepare
 from trimtab.train.recipe import Recipe
@@ -244,7 +243,6 @@ def files(model: nn.Module, folder: Path) -> list[Check]:
 def endings(job: Job, rows: Sequence[Encoded], before: str, folder: Path) -> list[Check]:
     """Merged and detached models, a merged one of half precision in float32 where there is room for that."""
     model = job.model.eval()
-    exactly: Any = in_float32 if room_for_float32(model) else nullcontext
     parts = [part for adapter in require_state(model, "verify").adapters.values() for part in adapter.parts]
     batch = padded(job, rows)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
