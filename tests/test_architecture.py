@@ -168,8 +168,7 @@ def test_public_functions_name_their_arguments() -> None:
         # Outside of methods, `forward` is torch's verb: a module that stands in for another passes on what it gets.
         # `segment_attention` and `shifted_attention` are called by transformers, which hands an attention function
         # whatever a model was given.
-        # `keep_products` is called by torch's selective checkpointing with whatever an operator was given.
-        torch_calls = {"forward", "segment_attention", "shifted_attention", "keep_products"}
+        torch_calls = {"forward", "segment_attention", "shifted_attention"}
         passes_on = set() if path.is_relative_to(SOURCE / "methods") else torch_calls
         for function in functions(path):
             if function.args.kwarg is not None and function.name not in passes_on:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import trimtab as tt
 from trimtab.core.errors import UserError
 from trimtab.core.family import tables
+from trimtab.engine import selective
 from trimtab.engine.checkpointing import checkpointing
 from trimtab.train.verify import drops
 
@@ -39,9 +40,20 @@ def gradients(model: nn.Module, policy: str) -> dict[str, Tensor]:
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 
+def lora() -> Any:
+    return tt.LoRA(rank=2)
+
+
+def prefix_beside_adapters() -> Any:
+    """A network outside the blocks makes the prefixes, so torch's own checkpoint runs them again."""
+    return [tt.Gated(inner=tt.Pfeiffer(bottleneck=4)).at("stream"), tt.PrefixTuning(length=2, hidden=8).at("k, v")]
+
+
+@pytest.mark.parametrize("method", [lora, prefix_beside_adapters])
 @pytest.mark.parametrize("model_type", TEXT)
-def test_no_policy_changes_a_gradient(model_type: str) -> None:
-    model = tt.attach(build(model_type), tt.LoRA(rank=2))
+def test_no_policy_changes_a_gradient(model_type: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(model_type)
+    tt.attach(model, method())
     with torch.no_grad():
         for one in model.parameters():
             if one.requires_grad:
@@ -50,6 +62,7 @@ def test_no_policy_changes_a_gradient(model_type: str) -> None:
         for name, value in list(vars(module).items()):
             if drops(module, name, value):
                 setattr(module, name, 0.0)
+    monkeypatch.setattr(selective, "LEAST", 1)
     wanted = gradients(model, "off")
     assert any(float(one.abs().max()) > 0 for one in wanted.values())
     for policy in ("block", "sqrt", "selective", "offload"):

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from trimtab.core.attach import SHARED
 from trimtab.core.errors import UserError
 from trimtab.core.swap import below, original, swap, unswap
 from trimtab.engine import rerun as rerunning
 from trimtab.engine.rerun import Disk, PinnedHost, Place, Shelf, can_rerun, rerun, taken_apart
-from trimtab.engine.selective import Results, candidate
+from trimtab.engine.selective import Results
 
 POLICIES = ("off", "block", "sqrt", "selective", "offload")
 
@@ -117,8 +117,8 @@ class Again:
         """`run`, of which backward makes again what the policy does not keep."""
         if self.whole and can_rerun((args, kwargs)):
             return rerun(run, args, kwargs, self.place, self.keeper)
-        if self.policy == "selective":
-            return checkpoint(run, *args, use_reentrant=False, context_fn=selective, **kwargs)
+        if self.keeper is not None:
+            return checkpoint(run, *args, use_reentrant=False, context_fn=self.keeper.contexts, **kwargs)
         with elsewhere(self.place) if self.policy == "offload" and self.place else nullcontext():
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
@@ -152,16 +152,6 @@ def trains(blocks: list[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any
     taken_apart((args, kwargs), tensors)
     own = (one for block in blocks for one in block.parameters())
     return any(one.requires_grad for one in (*tensors, *own))
-
-
-def selective() -> Any:
-    """The contexts of `selective`: first run and second run."""
-    return create_selective_checkpoint_contexts(keep_products)
-
-
-def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep matrix products and attention, make the rest again."""
-    return CheckpointPolicy.MUST_SAVE if candidate(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @dataclass

@@ -7,8 +7,8 @@ half of the memory of keeping everything. A result that is changed in place afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,12 +47,38 @@ class Results:
         """The second run of a block."""
         return SecondRun(kept)
 
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[Any]]:
+        """First and second run, as torch's own checkpoint takes them: it would keep what is changed in place."""
+        kept: list[Step] = []
+
+        @contextmanager
+        def first() -> Iterator[None]:
+            with self.first() as held:
+                yield
+            kept.extend(held())
+
+        return first(), Later(kept)
+
     def put(self, step: int, part: int, value: Any) -> Any:
         """What is held of a part of the result of the n-th step of a block."""
         if not isinstance(value, Tensor):
             return value
         value = value.detach()
         return self.shelves.setdefault((step, part), Shelf(self.blocks)).put(value) if self.on_cpu else value
+
+
+class Later:
+    """The second run of a block whose first run fills the list meanwhile; it may come more than once."""
+
+    def __init__(self, kept: list[Step]) -> None:
+        self.kept, self.runs = kept, list[SecondRun]()
+
+    def __enter__(self) -> None:
+        self.runs.append(SecondRun(self.kept))
+        self.runs[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.runs.pop().__exit__(*error)
 
 
 def candidate(operator: Any, args: Sequence[Any]) -> str | None:
@@ -69,6 +95,18 @@ def read_by(args: Sequence[Any]) -> tuple[torch.Size, ...]:
     return tuple(one.shape for one in args if isinstance(one, Tensor))
 
 
+def place_of(tensor: Tensor) -> int:
+    """The memory that a tensor is, or is a view of."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+    """The memory of what an operator changes in place."""
+    named = {**{one.name: value for one, value in zip(operator._schema.arguments, args, strict=False)}, **kwargs}
+    changed = [named.get(one.name) for one in operator._schema.arguments if one.is_write]
+    return {place_of(one) for one in torch.utils._pytree.tree_leaves(changed) if isinstance(one, Tensor)}
+
+
 class FirstRun(TorchDispatchMode):
     """Notes every product and attention; `kept` then says which results are held."""
 
@@ -76,25 +114,30 @@ class FirstRun(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, tuple[torch.Size, ...], Any, int]] = []
+        self.found: list[tuple[str, tuple[torch.Size, ...], Any]] = []
+        self.changed: set[int] = set()
+        """Where something was written to; a tensor's own count of that is not shared by what a product is viewed as."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = operator(*args, **(kwargs or {}))
+        if operator._schema.is_mutable:
+            self.changed |= written_to(operator, args, kwargs or {})
         name = candidate(operator, args) if not kwargs or "out" not in kwargs else None
         if name is not None:
             first = out[0] if isinstance(out, tuple) else out
             read = [one for one in args if isinstance(one, Tensor) and not isinstance(one, torch.nn.Parameter)]
             most = max((one.numel() for one in read), default=0)  # of parameters alone (HiRA's B A) nothing is held
             wanted = first.nbytes >= LEAST and first.numel() <= most
-            self.found.append((name, read_by(args), out if wanted else None, first._version))
+            self.changed.discard(place_of(first))
+            self.found.append((name, read_by(args), out if wanted else None))
         return out
 
     def kept(self, results: Results) -> list[Step]:
         """The steps, with the results that are worth keeping and were not changed."""
         steps = []
-        for number, (name, shapes, out, version) in enumerate(self.found):
+        for number, (name, shapes, out) in enumerate(self.found):
             parts = out if isinstance(out, tuple) else (out,)
-            sound = parts[0] is not None and parts[0]._version == version
+            sound = parts[0] is not None and place_of(parts[0]) not in self.changed
             held = tuple(results.put(number, part, value) for part, value in enumerate(parts)) if sound else ()
             steps.append(Step(name, shapes, held))
         self.found.clear()

@@ -39,7 +39,11 @@ from trimtab.train.reporter import Reporter
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Largest difference of a gradient relative to its largest entry; anything coarser gets `COARSE` roundings."""
-COARSE = 8
+COARSE, SUMMED = 8, 32
+"""Roundings of a gradient; of one that sums over many tokens at once, as a packed step's do, against row after row."""
+SMALL = 1e-2
+"""Share of the largest gradient below which a tensor's is mostly what other terms leave when they cancel: a key's bias
+has a gradient of zero but for rounding."""
 NOISE = 0.02
 """How far trained tensors are moved off their start."""
 
@@ -88,7 +92,7 @@ def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
         found, exact = ways_of(job, rows)
     rounded = gradients(job, [padded(job, [row]) for row in rows])
     kind = str(next(one.dtype for one in narrow_tensors(job.model))).removeprefix("torch.")
-    bound = max(COARSE * torch.finfo(getattr(torch, kind)).eps, 2 * difference(rounded, exact)[0])
+    bound = max(SUMMED * torch.finfo(getattr(torch, kind)).eps, 2 * difference(rounded, exact)[0])
     apart, worst = difference(gradients(job, [job.together(rows)], job.pieces), rounded)
     return [*found, Check(f"as the run has them, in {kind} = alone", apart <= bound, apart, bound, worst)]
 
@@ -178,12 +182,12 @@ def drops(module: nn.Module, name: str, value: Any) -> bool:
 
 
 def difference(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest |difference| over the largest entry of each tensor's gradient, and the tensor it is in."""
+    """Largest |difference| over the largest entry of a tensor's gradient (or `SMALL` of all), and that tensor."""
     if ours.keys() != plain.keys():
         return float("inf"), f"gradients reach other tensors: {sorted(ours.keys() ^ plain.keys())[0]}"
     size = max((float(one.abs().max()) for one in plain.values()), default=0.0)
     apart = {
-        name: float((ours[name] - one).abs().max()) / max(float(one.abs().max()), 1e-6 * size, 1e-30)
+        name: float((ours[name] - one).abs().max()) / max(float(one.abs().max()), SMALL * size, 1e-30)
         for name, one in plain.items()
     }
     worst = max(apart, key=lambda name: apart[name]) if apart else ""
