@@ -15,6 +15,7 @@ from tests.cli.conftest import WORDS, save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab as tt
+from trimtab.core.errors import UserError
 from trimtab.train.interrupt import Stopped
 from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter
@@ -146,3 +147,9 @@ def test_a_stopped_search_goes_on_to_the_same_prompt(model: Path, rows: Path, tm
     assert [line["loss"] for line in both[0]] == [line["loss"] for line in both[1]]
     ours, theirs = ((tmp_path / name / "adapter" / "adapter.safetensors").read_bytes() for name in ("whole", "stopped"))
     assert ours == theirs
+
+
+def test_virtual_tokens_that_leave_no_room_for_a_text_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reserves 127 positions, and the model has 128: none is left for a text"):
+        tune(recipe(model, rows, "prompt_tuning", length=127, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

@@ -305,6 +305,11 @@ def encoded(
 
     Of the positions a model has, those `reserved` for virtual tokens are left free.
     """
+    if loaded.max_length and reserved and reserved + 2 > loaded.max_length:
+        raise UserError(
+            f"the method reserves {reserved} positions, and the model has {loaded.max_length}: none is left for a text",
+            fix="--length, the number of virtual tokens",
+        )
     limit = recipe.max_length or (loaded.max_length - reserved if loaded.max_length else None)
     settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
     if loaded.task == "seq2seq":
