@@ -55,6 +55,17 @@ def test_data_with_a_model_marks_exactly_the_trained_tokens(
     assert [piece["trained"] for piece in whole["examples"][0]["pieces"]] == [True]
 
 
+def test_data_of_an_encoder_decoder_shows_what_each_side_reads(trimtab: Run, prompts: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "t5", chat=True, architecture="t5")
+    found = trimtab("data", prompts, "--model", model, "--examples", "1", "--json").document
+    assert found["examples"][0]["pieces"] == [
+        {"text": "say red large<|endoftext|>", "trained": False},
+        {"text": "large red<|im_end|>", "trained": True},
+    ]
+    assert all(one["passed"] for one in found["checks"])
+    assert found["report"]["template"] == "plain"
+
+
 def test_data_tells_whether_the_end_is_trained_and_padding_is_not(
     trimtab: Run, prompts: Path, chat_model: Path, plain_model: Path, encoder: Path, labelled: Path
 ) -> None:

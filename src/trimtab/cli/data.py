@@ -80,7 +80,11 @@ def command(
             say("\n" + columns([(key, short(value)) for key, value in one.items()]))
         say(f"\nTo see the trained tokens: trimtab data {file} --model smollm2-135m-instruct")
         return found
-    return found | encoded(rows, tokenizer_of(model), max_length, truncation, train_on, shown)
+    from trimtab.data.examples import Labelled
+    from trimtab.models.loading import decoder_start_of
+
+    start = None if isinstance(rows[0], Labelled) else decoder_start_of(model)
+    return found | encoded(rows, tokenizer_of(model), max_length, truncation, train_on, shown, start)
 
 
 def mapping(text: str | None) -> dict[str, str] | None:
@@ -98,12 +102,14 @@ def encoded(
     truncation: Any,
     train_on: Any,
     shown: int,
+    decoder_start: int | None,
 ) -> dict[str, Any]:
     """Encode rows, print the report and some of them; returns both as plain data."""
     from trimtab.data.encode import encode_all
 
     limit = max_length or (tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None)
-    made = encode_all(rows, tokenizer, max_length=limit, truncation=truncation, train_on=train_on)
+    settings = {"max_length": limit, "truncation": truncation, "train_on": train_on, "decoder_start": decoder_start}
+    made = encode_all(rows, tokenizer, **settings)
     say("\n".join("  " + line for line in made.report.summary().splitlines()))
     checks = checked(made, tokenizer)
     say(columns([(str(one["check"]), str(one["found"])) for one in checks]))
@@ -117,8 +123,9 @@ def encoded(
         if isinstance(made.labels, tuple) and isinstance(label, int):
             label = str(made.labels[label])
         named = "" if label is None else f", label {label}"
-        examples.append({"row": one.row, "tokens": len(one.ids), "label": label, "pieces": runs})
-        say(f"\nrow {one.row}, {len(one.ids)} tokens{named}\n{marked(runs, colours)}")
+        tokens = len(one.ids) + len(one.source or ())
+        examples.append({"row": one.row, "tokens": tokens, "label": label, "pieces": runs})
+        say(f"\nrow {one.row}, {tokens} tokens{named}\n{marked(runs, colours)}")
     report = vars(made.report) | {"notes": list(made.report.notes)}
     return {"report": report, "checks": checks, "examples": examples}
 
@@ -149,8 +156,9 @@ def checked(made: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list[dict[s
 
 
 def pieces(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The text of a row as runs of trained and untrained tokens."""
-    marks = list(zip(row.ids, row.trained, strict=True))
+    """The text of a row as runs of trained and untrained tokens; what an encoder reads stands in front."""
+    read = row.source or []
+    marks = list(zip([*read, *row.ids], [False] * len(read) + list(row.trained), strict=True))
     return [
         {"text": tokenizer.decode([token for token, _ in run]), "trained": trained}
         for trained, run in groupby(marks, key=lambda mark: mark[1])

@@ -395,12 +395,8 @@ class Anatomy:
     def _position(self, place: Place) -> tuple[int, int, int, int]:
         parameters = parameter_names(self.modules[place.module])
         parameter = parameters.index(place.parameter) + 1 if place.parameter in parameters else 0
-        return (
-            self.order[place.module],
-            parameter,
-            place.kind == "opaque",
-            -1 if place.rows is None else place.rows.start,
-        )
+        first = -1 if place.rows is None else place.rows.start
+        return self.order[place.module], parameter, place.kind == "opaque", first
 
 
 def _in_order(shares: Mapping[str, int], rows: int, groups: int = 1) -> dict[str, Rows]:
@@ -419,7 +415,7 @@ def _in_order(shares: Mapping[str, int], rows: int, groups: int = 1) -> dict[str
 def by_head(rows: int, config: object) -> dict[str, Rows]:
     """q, k and v of a weight that has them head by head: for every key head its queries, the key, the value.
 
-    None where the rows do not divide into heads as the configuration counts them.
+    Empty where the rows do not divide into heads as the configuration counts them.
     """
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     size = getattr(config, "head_dim", None) or (int(getattr(config, "hidden_size", 0)) // heads if heads else 0)

@@ -95,7 +95,7 @@ def read_by(args: Sequence[Any]) -> tuple[torch.Size, ...]:
     return tuple(one.shape for one in args if isinstance(one, Tensor))
 
 
-def place_of(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """The memory that a tensor is, or is a view of."""
     return tensor.untyped_storage().data_ptr()
 
@@ -104,7 +104,7 @@ def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """The memory of what an operator changes in place."""
     named = {**{one.name: value for one, value in zip(operator._schema.arguments, args, strict=False)}, **kwargs}
     changed = [named.get(one.name) for one in operator._schema.arguments if one.is_write]
-    return {place_of(one) for one in torch.utils._pytree.tree_leaves(changed) if isinstance(one, Tensor)}
+    return {memory_of(one) for one in torch.utils._pytree.tree_leaves(changed) if isinstance(one, Tensor)}
 
 
 class FirstRun(TorchDispatchMode):
@@ -128,7 +128,7 @@ class FirstRun(TorchDispatchMode):
             read = [one for one in args if isinstance(one, Tensor) and not isinstance(one, torch.nn.Parameter)]
             most = max((one.numel() for one in read), default=0)  # of parameters alone (HiRA's B A) nothing is held
             wanted = first.nbytes >= LEAST and first.numel() <= most
-            self.changed.discard(place_of(first))
+            self.changed.discard(memory_of(first))
             self.found.append((name, read_by(args), out if wanted else None))
         return out
 
@@ -137,7 +137,7 @@ class FirstRun(TorchDispatchMode):
         steps = []
         for number, (name, shapes, out) in enumerate(self.found):
             parts = out if isinstance(out, tuple) else (out,)
-            sound = parts[0] is not None and place_of(parts[0]) not in self.changed
+            sound = parts[0] is not None and memory_of(parts[0]) not in self.changed
             held = tuple(results.put(number, part, value) for part, value in enumerate(parts)) if sound else ()
             steps.append(Step(name, shapes, held))
         self.found.clear()

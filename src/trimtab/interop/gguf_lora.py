@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import UserError, listing
 from trimtab.core.merge import tied_parameters
 from trimtab.core.places import by_head
+from trimtab.core.rows import Rows
 from trimtab.interop.peft_lora import is_lora, pairs_of, stacked
 from trimtab.interop.saved import Saved
 from trimtab.models.gguf import INTERLEAVED, PARTED, halves_from_pairs
@@ -43,15 +44,25 @@ def pairs_from_halves(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
+def heads_of(weight: Tensor, config: Any) -> list[Rows]:
+    """The rows of q, of k and of v in a weight that has them head by head."""
+    found = list(by_head(weight.shape[0], config).values())
+    if not found:
+        raise UserError(
+            f"convert: {weight.shape[0]} rows of q, k and v do not divide into the heads of this {config.model_type}",
+            fix="see whether the adapter and config.json are of the same model",
+        )
+    return found
+
+
 def parts_from_heads(weight: Tensor, config: Any) -> Tensor:
     """Rows of one weight from head by head to all queries, all keys, all values."""
-    return torch.cat([rows.of(weight, 0) for rows in by_head(weight.shape[0], config).values()])
+    return torch.cat([rows.of(weight, 0) for rows in heads_of(weight, config)])
 
 
 def heads_from_parts(weight: Tensor, config: Any) -> Tensor:
     """And back."""
-    found = by_head(weight.shape[0], config).values()
-    done = torch.empty_like(weight)
+    found, done = heads_of(weight, config), torch.empty_like(weight)
     for rows, part in zip(found, weight.split([len(rows) for rows in found]), strict=True):
         done = rows.put(done, part, 0)
     return done

@@ -126,12 +126,20 @@ def load(
 
 def writing_task(source: str | Path) -> str:
     """How a model that writes is trained: seq2seq where an encoder reads the prompt, else causal."""
+    return "causal" if decoder_start_of(source) is None else "seq2seq"
+
+
+def decoder_start_of(source: str | Path) -> int | None:
+    """The first token of what a decoder writes where an encoder reads the prompt; None for models that have none."""
     location, directory = located(source, None)
     if directory is not None and config_problems(directory):
-        return "causal"
+        return None
     with quiet_transformers():
         config = config_of(location, source, hub=directory is None)
-    return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    start: int | None = getattr(config, "decoder_start_token_id", None)
+    return int(config.pad_token_id or 0) if start is None else start
 
 
 def outline(
