@@ -51,7 +51,7 @@ def unswap(module: nn.Module) -> None:
 
 def made(cls: type) -> tuple[Any, Callable[..., dict[str, Any]], tuple[Any, ...]] | None:
     """The class that one was made from, its maker and the maker's arguments; None where `subclass` did not make it."""
-    return vars(cls).get("_origin")
+    return cls._origin if "_origin" in vars(cls) else None  # type: ignore[attr-defined]
 
 
 def below(cls: type) -> Any:
