@@ -212,3 +212,17 @@ def test_a_second_run_that_takes_another_way_computes_all() -> None:
         assert torch.equal(x @ W.mT, y + 1)
     with selective.SecondRun([step._replace(held=(y + 1,)) for step in steps]):
         assert torch.equal(x[:2] @ W.mT, y[:2])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_what_is_changed_in_place_is_not_kept(device: str) -> None:
+    """Through a view that has a count of changes of its own too, and where memory has no address."""
+    x, W = torch.ones(3, 4, 8, device=device), torch.ones(8, 8, device=device)
+    results = selective.Results(1, on_cpu=False)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(selective, "LEAST", 1)
+        with results.first() as held:
+            kept, changed = x @ W, x @ W
+            changed += 1
+            kept + changed
+    assert [bool(step.held) for step in held()] == [True, False]

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 VOCABULARY = 60
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.1}
 
 
 def make(kind: str) -> Any:
@@ -37,49 +39,20 @@ def drawn(kind: str) -> Any:
 
     torch.manual_seed(1)
     if kind in ("llama", "tied"):
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=kind == "tied",
-            initializer_range=0.1,
-        )
+        config = LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=kind == "tied")
         return LlamaForCausalLM(config).eval()
     if kind == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1)
         ).eval()
     if kind == "neox":
-        config = GPTNeoXConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            initializer_range=0.1,
-        )
-        return GPTNeoXForCausalLM(config).eval()
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)).eval()
     if kind == "bloom":
         return BloomForCausalLM(
             BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1)
         ).eval()
     if kind == "bert":
-        config = BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            num_labels=3,
-            initializer_range=0.1,
-        )
-        return BertForSequenceClassification(config).eval()
+        return BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)).eval()
     config = T5Config(
         vocab_size=VOCABULARY,
         d_model=32,

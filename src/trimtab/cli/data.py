@@ -83,8 +83,9 @@ def command(
     from trimtab.data.examples import Labelled
     from trimtab.models.loading import decoder_start_of
 
+    tokenizer = tokenizer_of(model)
     start = None if isinstance(rows[0], Labelled) else decoder_start_of(model)
-    return found | encoded(rows, tokenizer_of(model), max_length, truncation, train_on, shown, start)
+    return found | encoded(rows, tokenizer, max_length, truncation, train_on, shown, start)
 
 
 def mapping(text: str | None) -> dict[str, str] | None:

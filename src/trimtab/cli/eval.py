@@ -253,12 +253,13 @@ def losses(subject: Subject, rows: Sequence[Any], options: Options) -> dict[str,
     from trimtab.data.encode import encode_all
     from trimtab.evaluate.glue import labelled_scores
     from trimtab.evaluate.loss import evaluate
+    from trimtab.models.loading import decoder_start
 
     settings: dict[str, Any] = {"max_length": options.max_length or subject.settings.get("max_length")}
     settings["truncation"] = "right"
     settings |= {"train_on": subject.settings["train_on"]} if "train_on" in subject.settings else {}
     if subject.task == "seq2seq":
-        settings["decoder_start"] = getattr(subject.model.config, "decoder_start_token_id", None)
+        settings["decoder_start"] = decoder_start(subject.model.config)
     encoded = encode_all(rows, subject.tokenizer, labels=labels_of(subject, rows), **settings)
     pad = int(subject.tokenizer.pad_token_id)
     with bar("loss", len(encoded)) as tick:

@@ -96,8 +96,8 @@ def read_by(args: Sequence[Any]) -> tuple[torch.Size, ...]:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """The memory that a tensor is, or is a view of."""
-    return tensor.untyped_storage().data_ptr()
+    """The memory that a tensor is, or is a view of; told apart where there is none (on the meta device) too."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:

@@ -135,7 +135,11 @@ def decoder_start_of(source: str | Path) -> int | None:
     if directory is not None and config_problems(directory):
         return None
     with quiet_transformers():
-        config = config_of(location, source, hub=directory is None)
+        return decoder_start(config_of(location, source, hub=directory is None))
+
+
+def decoder_start(config: Any) -> int | None:
+    """`decoder_start_of` a model with this configuration."""
     if not getattr(config, "is_encoder_decoder", False):
         return None
     start: int | None = getattr(config, "decoder_start_token_id", None)

@@ -33,7 +33,7 @@ from trimtab.engine.loss import loss_sum, on
 from trimtab.engine.ranks import ALONE, Ranks
 from trimtab.engine.shifted_attention import can_shift, group_for
 from trimtab.models.fingerprints import fingerprint
-from trimtab.models.loading import Loaded, writing_task
+from trimtab.models.loading import Loaded, decoder_start, writing_task
 from trimtab.models.loading import load as load_model
 from trimtab.models.starters import home
 from trimtab.train import base, rundir
@@ -313,7 +313,7 @@ def encoded(
     limit = recipe.max_length or (loaded.max_length - reserved if loaded.max_length else None)
     settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
     if loaded.task == "seq2seq":
-        settings["decoder_start"] = loaded.model.config.decoder_start_token_id
+        settings["decoder_start"] = decoder_start(loaded.model.config)
     kept = home() / "tokens"
     train_rows = encode_cached(train, loaded.tokenizer, settings | {"truncation": recipe.truncation}, kept)
     policy = recipe.truncation if recipe.truncation in ("error", "split") else "right"
