@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import trimtab as tt
-from trimtab.core import delta as deltas
+from trimtab.core import deltas
 from trimtab.evaluate import timing
 from trimtab.models.loading import load
 
@@ -54,7 +54,7 @@ def ways(model: Any, rows: int) -> dict[str, Callable[[], None]]:
     return {
         "one": lambda: use("a0", real),
         "grouped": lambda: use(own, real),
-        "loop": lambda: use(own, lambda self, x, y, base, groups: (y, set())),
+        "loop": lambda: use(own, lambda key, state, used, x, y, *rest: (y, set())),
     }
 
 

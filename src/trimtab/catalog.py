@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.core.attach import Attachable, plan, site_at
-from trimtab.core.delta import State
+from trimtab.core.draw import site_at
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.method import Method, Placed, WeightMethod
+from trimtab.core.part import Attachable, plan
 from trimtab.core.registry import find, name_of, names, to_json
 from trimtab.core.select import WEIGHTLESS, select
 from trimtab.core.site import Site
+from trimtab.core.state import State
 
 KINDS = ("methods", "presets", "start", "storage", "optim", "active")
 APART = {"storage": "storage", "optim": "update", "active": "schedule"}

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
-from trimtab.core import delta as deltas
+from trimtab.core import deltas
 from trimtab.core.attach import rearrange
-from trimtab.core.delta import Deltas, state_of
+from trimtab.core.deltas import Deltas
 from trimtab.core.errors import UserError
+from trimtab.core.state import state_of
 
 
 class Net(nn.Module):
@@ -249,7 +250,7 @@ def test_the_loop_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(6, 4, 12)
     with torch.no_grad():
         found = tt.activate(model, rows)(x)
-        monkeypatch.setattr(deltas, "grouped", lambda self, x, y, base, groups: (y, set()))
+        monkeypatch.setattr(deltas, "grouped", lambda key, state, used, x, y, *rest: (y, set()))
         assert torch.allclose(tt.activate(model, rows)(x), found, atol=1e-6)
     assert isinstance(model.up.delta, Deltas)
 

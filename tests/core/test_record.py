@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import trimtab as tt
-from trimtab.core.delta import require_state
 from trimtab.core.save import describe
+from trimtab.core.state import require_state
 
 
 def test_every_site_of_a_layer_carries_its_number_the_first_one_too() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import trimtab as tt
-from trimtab.core import product
+from trimtab.core import frozen, product
 from trimtab.core.delta import Delta
 from trimtab.engine import loss as losses
 from trimtab.engine.faster import PIECES, faster
@@ -108,7 +108,7 @@ def test_chunked_loss_and_low_rank_products_change_nothing(name: str, monkeypatc
     monkeypatch.setattr(losses, "CHUNK", 5)
     loss, ours = loss_and_gradients(model)
     assert losses.ends_with_head(model)
-    monkeypatch.setattr(product, "frozen_weight", lambda base, x: None)
+    monkeypatch.setattr(frozen, "frozen_weight", lambda base, x: None)
     monkeypatch.setattr(losses, "ends_with_head", lambda model: False)
     plain_loss, plain = loss_and_gradients(model)
     assert loss == pytest.approx(plain_loss, rel=1e-6)

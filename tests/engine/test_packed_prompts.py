@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import trimtab as tt
-from trimtab.core.batch import prompts
 from trimtab.core.positions import marks
+from trimtab.core.stack import prompts
 from trimtab.data.encoded import Encoded
 from trimtab.data.packing import Pack, pack
 from trimtab.engine.attention import can_pack, edited_ends

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from trimtab.core.family import family_of, guess
+from trimtab.core.family import family_of
+from trimtab.core.guess import guess
 from trimtab.core.places import layers, places, stacks
 from trimtab.core.rows import Rows
 from trimtab.core.select import select

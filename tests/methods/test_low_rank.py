@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
-from trimtab.core import attach as attaching
-from trimtab.core.delta import State
+from trimtab.core.draw import site_at
+from trimtab.core.part import plan
 from trimtab.core.save import adapter_tensors
 from trimtab.core.site import RawBase
+from trimtab.core.state import State
 
 SIZES = {"q_proj": (24, 24), "v_proj": (24, 12)}
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(9))
@@ -170,8 +171,8 @@ def test_counts_at_the_sizes_of_a_real_model(name: str, settings: dict[str, Any]
     """Of the formula, and of what is attached; most are those of PEFT's published runs on this model."""
     method = tt.methods()[name](**settings)
     where = None if name in ("ia3", "llama_adapter", "ln_tuning", "prefix_tuning", "prompt_tuning") else "q, v"
-    (part,) = attaching.plan(llama, method, where)
-    sites = [attaching.site_at(llama, State(), place, index) for index, place in enumerate(part.places)]
+    (part,) = plan(llama, method, where)
+    sites = [site_at(llama, State(), place, index) for index, place in enumerate(part.places)]
     assert sum(method.count(site) for site in sites) + method.count_shared(sites) == expected
     tt.attach(llama, method, where)
     found = sum(parameter.numel() for parameter in trained(llama))

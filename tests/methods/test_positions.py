@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
-from trimtab.core.batch import prompts
+from trimtab.core.stack import prompts
 
 pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import trimtab as tt
-from trimtab.core.delta import edited_modules
+from trimtab.core.deltas import edited_modules
 from trimtab.core.fisher import MEASURES
 from trimtab.core.gated import Gated
 from trimtab.core.save import adapter_tensors, overwrite

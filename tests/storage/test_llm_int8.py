@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import trimtab as tt
+from trimtab.core.code import Code
 from trimtab.core.errors import UserError
-from trimtab.core.quantized import Code
 from trimtab.storage import llm_int8
 
 

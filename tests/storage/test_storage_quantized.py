@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.code import Code
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.quantized import (
-    Code,
     dequantize,
     dequantize_module,
     describe,

@@ -84,7 +84,7 @@ def command(
 
 def attached(it: Opened) -> Saved:
     """The attached adapter as a saved one."""
-    from trimtab.core.delta import require_state
+    from trimtab.core.state import require_state
     from trimtab.interop.saved import saved_of
 
     return saved_of(it.model, next(iter(require_state(it.model, "convert").adapters)))
@@ -141,8 +141,8 @@ def as_peft(it: Opened, bare: Any, saved: Saved, out: Path) -> dict[str, Any]:
 
 def as_lora(it: Opened, out: Path, rank: int | None, energy: float | None) -> dict[str, Any]:
     """Write a plain LoRA of ours, and what it loses in weights and in log-probabilities."""
-    from trimtab.core.delta import require_state
     from trimtab.core.save import attach_saved
+    from trimtab.core.state import require_state
     from trimtab.interop import proof
     from trimtab.interop.saved import write_saved
     from trimtab.interop.to_lora import to_lora

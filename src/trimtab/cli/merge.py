@@ -73,7 +73,7 @@ def proven(
     directory: Path, out: Path, model: str | None, device: str, data: Path | None, count: int, into: str
 ) -> dict[str, Any]:
     """Merge with a proof."""
-    from trimtab.core.delta import edited_modules
+    from trimtab.core.deltas import edited_modules
     from trimtab.interop import proof
     from trimtab.interop.opening import opened
     from trimtab.models.loading import load as load_model

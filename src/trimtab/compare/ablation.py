@@ -12,8 +12,8 @@ from torch import nn
 
 from trimtab.catalog import trained_values
 from trimtab.compare.setup import contestant
-from trimtab.core.attach import plan
 from trimtab.core.errors import UserError, listing
+from trimtab.core.part import plan
 from trimtab.train.recipe import build_method, method_settings, recipe_from
 
 PLACES = ("q", "v", "q, v", "q, k, v, o", "up, down", "gate, up, down", "all-linear")

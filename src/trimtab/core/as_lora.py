@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import batch as batches
-from trimtab.core.attach import SHARED, site_at
-from trimtab.core.delta import Cast, Delta, Part, State, check_names, require_state
+from trimtab.core.attach import SHARED
+from trimtab.core.delta import Cast, Delta
+from trimtab.core.draw import site_at
 from trimtab.core.errors import UserError, listing
-from trimtab.core.install import Fields
 from trimtab.core.low_rank import LowRank
+from trimtab.core.raw import Fields
 from trimtab.core.registry import find
 from trimtab.core.save import deltas_of
 from trimtab.core.site import Base, RawBase
+from trimtab.core.stack import slot_name
+from trimtab.core.state import Part, State, check_names, require_state
 
 
 def as_lora(model: nn.Module, name: str = "default") -> nn.Module:
@@ -49,7 +51,7 @@ def as_lora(model: nn.Module, name: str = "default") -> nn.Module:
             deltas: Any = model.get_submodule(place.module)._modules["delta"]
             key = next(key for key, delta in deltas.items() if delta is old)
             deltas[key] = new.train(old.training)
-        slot = batches.slot_name(name, part.label)
+        slot = slot_name(name, part.label)
         if slot in shared:
             del shared[slot]
         parts.append(Part(method, part.where, part.label, part.places))

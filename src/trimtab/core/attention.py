@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trimtab.core.delta import Deltas, State
+from trimtab.core.deltas import Deltas
 from trimtab.core.errors import UserError
+from trimtab.core.hosts import frozen_base, plain_base
 from trimtab.core.places import Place
 from trimtab.core.site import Base, ModuleBase
+from trimtab.core.state import State
 from trimtab.core.swap import inner_forward
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -48,8 +50,6 @@ def at_prompt(base: Base, P: Tensor, x: Tensor) -> tuple[Tensor, Tensor, float]:
 
     A prompt has no position, so its keys are not rotated; a norm on keys applies to them.
     """
-    from trimtab.core.install import frozen_base
-
     inner: Any = base
     while not isinstance(inner, AttentionBase):
         inner = inner.base
@@ -165,8 +165,6 @@ def projections(places: Sequence[Place], module: nn.Module, path: str) -> dict[s
     found: dict[str, Place] = {}
     for place in places:
         if place.role in ("k", "v") and place.module.startswith(f"{path}.") and place.kind == "linear":
-            from trimtab.core.install import plain_base
-
             inner = place.module[len(path) + 1 :]
             wide = plain_base(module.get_submodule(inner), Place(inner), 0).shape[0]
             width = wide if place.rows is None else len(place.rows)

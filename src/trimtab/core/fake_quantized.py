@@ -16,7 +16,7 @@ from trimtab.core.method import WeightMethod
 from trimtab.core.site import Base, Site
 
 if TYPE_CHECKING:
-    from trimtab.core.quantized import Code
+    from trimtab.core.code import Code
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.core.activations import activations
 from trimtab.core.errors import UserError, listing
-from trimtab.core.install import is_raw, raw_weight
+from trimtab.core.hosts import is_raw, raw_weight
 from trimtab.core.places import Place
 from trimtab.core.select import select
 from trimtab.core.site import is_conv1d

@@ -13,18 +13,17 @@ than the input, keep the loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.product import frozen_weight
+from trimtab.core.delta import Delta
+from trimtab.core.frozen import frozen_weight
 from trimtab.core.site import Base, LinearBase
-
-if TYPE_CHECKING:
-    from trimtab.core.delta import Delta, Deltas
+from trimtab.core.state import State
 
 Names = tuple[str, ...]
 RowGroup = tuple[Names, list[int]]
@@ -32,13 +31,6 @@ Stamp = tuple[tuple[int, int, int], ...]
 """Of every tensor: which one it is, its version, where its values are."""
 SPARE = 4
 """Stacks with more than so many times the places in use are made anew, so that memory comes back."""
-
-
-class Kept(dict[Any, Any]):
-    """What is kept between forwards; a copy of the model starts with nothing."""
-
-    def __reduce__(self) -> Any:
-        return Kept, ()
 
 
 @dataclass(frozen=True)
@@ -120,20 +112,30 @@ class Stacks:
         all_A[at, rank:], all_B[at, :, rank:] = 0, 0
 
 
-def grouped(deltas: Deltas, x: Tensor, y: Tensor, base: Base, groups: Sequence[RowGroup]) -> tuple[Tensor, set[Names]]:
-    """The frozen output `y` with what all groups add whose additions are products; and which groups these are."""
+def grouped(
+    key: int,
+    state: State,
+    used: Mapping[Names, list[Delta]],
+    x: Tensor,
+    y: Tensor,
+    base: Base,
+    groups: Sequence[RowGroup],
+) -> tuple[Tensor, set[Names]]:
+    """The frozen output `y` with what all groups add whose additions are products; and which groups these are.
+
+    `used` are the deltas of each group at this module, `key` is what tells the module from others.
+    """
     if len(groups) < 2 or not isinstance(base, LinearBase) or x.ndim < 2 or x.dtype != y.dtype or refused(x):
         return y, set()
-    used = {names: deltas.of(names) for names, _ in groups}
     used = {names: found for names, found in used.items() if found and all(map(stackable, found))}
     if len(used) < 2:
         return y, set()
     graph = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(map(asks, used.values())))
-    stacks = fresh(used, x, base) if graph else kept(deltas, used, x, base)
+    stacks = fresh(used, x, base) if graph else kept(key, state, used, x, base)
     if stacks is None:
         return y, set()
     names, A, B = stacks
-    place = laid_out(deltas.state, names, groups, x.shape[0], x.device, keep=not graph)
+    place = laid_out(state, names, groups, x.shape[0], x.device, keep=not graph)
     in_place = not torch.is_grad_enabled() and frozen_weight(base, x) is not None
     return added(x, y, A, B, place, in_place), set(names)
 
@@ -207,18 +209,18 @@ def fresh(used: dict[Names, list[Delta]], x: Tensor, base: Base) -> tuple[tuple[
 
 
 def kept(
-    deltas: Deltas, used: dict[Names, list[Delta]], x: Tensor, base: Base
+    key: int, state: State, used: dict[Names, list[Delta]], x: Tensor, base: Base
 ) -> tuple[tuple[Names, ...], Tensor, Tensor] | None:
     """Stacks that stay for the next forward, brought up to date."""
-    memory = deltas.state.kept
-    stacks = memory.setdefault(id(deltas), Stacks())
+    memory = state.kept
+    stacks = memory.setdefault(key, Stacks())
     if stacks.A is not None and (stacks.A.dtype, stacks.A.device) != (x.dtype, x.device):
-        stacks = memory[id(deltas)] = Stacks()
+        stacks = memory[key] = Stacks()
     wanted = {
         names: tuple(map(stamp, (one for delta in found for one in tensors(delta)))) for names, found in used.items()
     }
     without = memory.setdefault("without", {})  # what was found to have no factors, as long as it is unchanged
-    wanted = {names: marks for names, marks in wanted.items() if without.get((id(deltas), names)) != marks}
+    wanted = {names: marks for names, marks in wanted.items() if without.get((key, names)) != marks}
     if stacks.stamps != wanted:
         with torch.no_grad():
             news = {
@@ -226,7 +228,7 @@ def kept(
                 for names, marks in wanted.items()
                 if stacks.stamps.get(names) != marks
             }
-        without |= {(id(deltas), names): wanted.pop(names) for names, pair in news.items() if pair is None}
+        without |= {(key, names): wanted.pop(names) for names, pair in news.items() if pair is None}
         if len(wanted) < 2:
             return None
         with torch.no_grad():
@@ -245,13 +247,13 @@ def stamp(one: Tensor) -> tuple[int, int, int]:
 
 
 def laid_out(
-    state: Any, names: tuple[Names, ...], groups: Sequence[RowGroup], size: int, device: torch.device, *, keep: bool
+    state: State, names: tuple[Names, ...], groups: Sequence[RowGroup], size: int, device: torch.device, *, keep: bool
 ) -> Layout:
     """The layout of the groups `names`, in this order; kept as long as the rows stay as they are."""
     rows = dict(groups)
     if not keep:
         return layout([(one, rows[one]) for one in names], size, device)
-    known = state.kept.get("layouts")
+    known: Any = state.kept.get("layouts")
     if known is None or known[0] is not state.rows:
         known = state.kept["layouts"] = (state.rows, {})
     key = (names, size, device)

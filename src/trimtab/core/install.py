@@ -12,55 +12,25 @@ Which one is used follows from the host alone, never from the method:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.core.attention import AttentionDeltas, edited_attention
-from trimtab.core.batch import follow
-from trimtab.core.delta import Cast, Delta, Deltas, State
+from trimtab.core.delta import Delta
+from trimtab.core.deltas import Deltas
 from trimtab.core.errors import UserError
+from trimtab.core.hosts import edited_forward, host_class, is_raw, raw_weight
 from trimtab.core.places import Place, Reading
+from trimtab.core.raw import RawDeltas, edited_weights
 from trimtab.core.rows import Rows
-from trimtab.core.site import (
-    Base,
-    Conv1DBase,
-    ConvBase,
-    EmbeddingBase,
-    LinearBase,
-    ModuleBase,
-    OpaqueBase,
-    RawBase,
-    is_conv1d,
-    kind_of,
-)
-from trimtab.core.swap import below, inner_forward, made, swap, unswap
+from trimtab.core.site import OpaqueBase
+from trimtab.core.stack import follow
+from trimtab.core.state import State
+from trimtab.core.swap import inner_forward, swap, unswap
 
 INPUT_NAMES = ("hidden_states", "input", "inputs", "x")
-
-
-def host_class(module: nn.Module) -> type[ModuleBase] | None:
-    """The Base of a module with a weight of its own, or None for an opaque one."""
-    if is_conv1d(module):
-        return Conv1DBase
-    return {"linear": LinearBase, "embedding": EmbeddingBase, "conv": ConvBase}.get(kind_of(module))
-
-
-# ------------------------------------------------------------------------------------------------ forward replaced
-
-
-def edited_forward(cls: type) -> dict[str, Any]:
-    """Namespace of a subclass of a Linear, Conv1D, Embedding or Conv whose forward goes through its deltas."""
-
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        deltas: Any = self.delta
-        y = deltas(x, host_class(self)(self, inner_forward(self, cls), deltas.batch))  # type: ignore[misc]
-        return y.movedim(-1, 1) if isinstance(self, nn.modules.conv._ConvNd) else y
-
-    return {"forward": forward}
 
 
 def edited_opaque(cls: type) -> dict[str, Any]:
@@ -105,148 +75,6 @@ def delta_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return run_opaque(module, lambda *_, **__: output, args, kwargs)
     y = deltas(args[0], host(module, lambda _: output, deltas.batch))
     return y.movedim(-1, 1) if isinstance(module, nn.modules.conv._ConvNd) else y
-
-
-# ------------------------------------------------------------------------------------------------- weight replaced
-
-
-@dataclass(frozen=True)
-class RawWeight:
-    """A parameter that is read raw, shown to methods in canonical (out, in) form."""
-
-    name: str
-    kind: str
-    """matrix, vector (a norm), conv (kernel flattened) or experts (a leading axis of independent matrices)."""
-    transposed: bool = False
-
-    @property
-    def bias_name(self) -> str | None:
-        return self.name.replace("weight", "bias") if "weight" in self.name else f"{self.name}_bias"
-
-    def canonical(self, W: Tensor) -> Tensor:
-        W = {"vector": lambda: W[:, None], "conv": lambda: W.flatten(1)}.get(self.kind, lambda: W)()
-        return W.mT if self.transposed else W
-
-    def stored(self, W: Tensor, like: Tensor) -> Tensor:
-        return (W.mT if self.transposed else W).reshape(like.shape)
-
-    def bias(self, module: nn.Module) -> Tensor | None:
-        return module._parameters.get(self.bias_name or "")
-
-
-def raw_weight(module: nn.Module, place: Place) -> RawWeight:
-    """How the parameter of a place is laid out."""
-    name = place.parameter or "weight"
-    W = module._parameters[name]
-    assert W is not None
-    kind = "vector" if W.ndim == 1 else "conv" if isinstance(module, nn.modules.conv._ConvNd) else "matrix"
-    return RawWeight(name, "experts" if W.ndim == 3 and kind == "matrix" else kind, getattr(place, "transposed", False))
-
-
-class RawDeltas(Deltas):
-    """Deltas on raw weights: computes the edited parameters, once per forward of their module."""
-
-    way: ClassVar[str] = "as a raw weight"
-    layouts: dict[str, RawWeight]
-    ready: dict[str, Tensor | None]
-
-    def __init__(self, state: State, stack: str) -> None:
-        super().__init__(state, stack)
-        self.__dict__["layouts"], self.__dict__["ready"] = {}, {}
-
-    def names(self) -> list[str]:
-        """The parameters these deltas may change, biases included."""
-        return [name for layout in self.layouts.values() for name in (layout.name, layout.bias_name) if name]
-
-    def value(self, module: nn.Module, name: str) -> Tensor | None:
-        """The edited parameter `name` of `module`; the stored one while it is sharded, which its owner asks for."""
-        stored = module._parameters.get(name)
-        if name not in self.ready and hasattr(stored, "full_tensor"):
-            return stored
-        if name not in self.ready:
-            for layout in dict.fromkeys(self.layouts.values()):
-                if name in (layout.name, layout.bias_name):
-                    return self.compute(module, layout)[name]
-        return self.ready[name]
-
-    def compute(self, module: nn.Module, layout: RawWeight) -> dict[str, Tensor | None]:
-        """The edited weight and bias of one layout."""
-        rows = self.state.rows
-        if rows is not None and any(delta.adapter in names for delta in self.values() for names in rows):
-            raise UserError(
-                f"activate: {type(module).__name__} reads its weights raw, so its rows cannot use different adapters",
-                fix="activate one adapter for all rows, or leave these modules out of `where`",
-            )
-        stored, b = module._parameters[layout.name], layout.bias(module)
-        assert stored is not None
-        W = layout.canonical(stored)
-        for key, delta in self.items():
-            if rows is None and self.layouts[key] == layout and delta.adapter in self.state.active:
-                W, b = edit_raw(delta, W, b, layout)  # type: ignore[arg-type]
-        return {layout.name: layout.stored(W, stored), layout.bias_name or "": b}
-
-    def run(self, module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """`inner` with every edited parameter computed once."""
-        for layout in dict.fromkeys(self.layouts.values()):
-            self.ready.update(self.compute(module, layout))
-        try:
-            return inner(*args, **kwargs)
-        finally:
-            self.ready.clear()
-
-
-def edit_raw(delta: Delta, W: Tensor, b: Tensor | None, layout: RawWeight) -> tuple[Tensor, Tensor | None]:
-    """One delta on a canonical weight; a stack of expert matrices is edited matrix by matrix."""
-    if layout.kind != "experts":
-        return delta.effective(RawBase(W, b), delta.rows)
-    rows = delta.rows or Rows(0, W.shape[1])
-    fields = dict(delta.named_parameters()) | dict(delta.named_buffers())
-    fields = {key: value.to(W.dtype) if value.is_floating_point() else value for key, value in fields.items()}
-    method: Any = delta.method
-    shared = Cast(delta, W.dtype).shared
-    part = torch.func.vmap(lambda w, p: method.weight(w, Fields(p, shared)))(rows.of(W, 1), fields)
-    if b is not None:
-        c = torch.func.vmap(lambda c, p: method.bias(c, Fields(p, shared)))(rows.of(b, 1), fields)
-        b = rows.put(b, c, 1)
-    return rows.put(W, part, 1), b
-
-
-class Fields:
-    """Tensors by dotted name, read by attribute as a Group is; `shared` is what all sites use together."""
-
-    def __init__(self, tensors: dict[str, Tensor], shared: Any = None) -> None:
-        self._tensors, self.shared = tensors, shared
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._tensors:
-            return self._tensors[name]
-        inner = {key[len(name) + 1 :]: value for key, value in self._tensors.items() if key.startswith(name + ".")}
-        if not inner:
-            raise AttributeError(name)
-        return Fields(inner, self.shared)
-
-
-def edited_weights(cls: type, names: tuple[str, ...]) -> dict[str, Any]:
-    """Namespace of a subclass in which these parameters are properties returning their edited value."""
-
-    def parameter(name: str) -> property:
-        return property(
-            lambda self: self.delta.value(self, name) if name in self.delta.names() else self._parameters[name]
-        )
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.delta.run(self, inner_forward(self, cls), args, kwargs)  # type: ignore[union-attr,operator]
-
-    return {"forward": forward, **{name: parameter(name) for name in names}}
-
-
-# -------------------------------------------------------------------------------------------------- on and off again
-
-
-def is_raw(module: nn.Module, place: Place) -> bool:
-    """Whether a place is edited as a raw weight rather than through its module's forward."""
-    grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
-    return place.parameter is not None or grouped or (kind_of(module) == "norm" and place.kind != "opaque")
 
 
 def install(module: nn.Module, place: Place, delta: Delta, key: str, state: State, stack: str, width: int) -> None:
@@ -345,24 +173,3 @@ def uninstall(module: nn.Module, adapter: str, gone: Collection[str] | None = No
         else:
             unswap(module)
         del module._modules["delta"]
-
-
-def frozen_base(module: nn.Module, place: Place) -> Base:
-    """The Base of a module that is called, below any deltas on it."""
-    cls: Any = type(module)
-    while (origin := made(cls)) is not None and origin[1] is not edited_forward:
-        cls = below(cls)
-    inner = inner_forward(module, type(module) if origin is None else origin[0])
-    host = host_class(module)
-    return plain_base(module, place, 0) if host is None else host(module, inner)
-
-
-def plain_base(module: nn.Module, place: Place, width: int, deltas: Deltas | None = None) -> Base:
-    """The Base of a place outside a forward: what `init` and `merge` read."""
-    if is_raw(module, place):
-        layout = raw_weight(module, place)
-        W, b = layout.canonical(module._parameters[layout.name]), layout.bias(module)  # type: ignore[arg-type]
-        return RawBase(W, b)
-    inner = inner_forward(module, type(module))
-    host = host_class(module)
-    return OpaqueBase(module, inner, None, (), {}, width) if host is None else host(module, inner)

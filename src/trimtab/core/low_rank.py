@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import UserError, listing
+from trimtab.core.frozen import low_rank_product
 from trimtab.core.method import WeightMethod, dropout
-from trimtab.core.product import low_rank_product
 from trimtab.core.site import Base, Site
 
 

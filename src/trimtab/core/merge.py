@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.attach import detach
-from trimtab.core.delta import Cast, Delta, Deltas, check_names, edited_modules, require_state
+from trimtab.core.code import Code
+from trimtab.core.delta import Cast, Delta
+from trimtab.core.deltas import Deltas, edited_modules
 from trimtab.core.errors import UserError, listing
-from trimtab.core.install import RawDeltas, edit_raw, plain_base, uninstall
+from trimtab.core.hosts import plain_base
+from trimtab.core.install import uninstall
 from trimtab.core.method import WeightMethod
 from trimtab.core.places import Place
-from trimtab.core.quantized import Code, dequantize_module, quantize_module
+from trimtab.core.quantized import dequantize_module, quantize_module
+from trimtab.core.raw import RawDeltas, edit_raw
 from trimtab.core.site import RawBase, is_conv1d
+from trimtab.core.state import check_names, require_state
 
 POLICIES = ("exact", "dense", "requantize")
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from trimtab.core.quantized import Code
+    from trimtab.core.code import Code
     from trimtab.core.site import Base, Site
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import drawing
+from trimtab.core.draw import drawing
 from trimtab.core.errors import UserError, listing
 from trimtab.core.rounded import Values
 from trimtab.core.transform import State, Transform, flat, named, wide

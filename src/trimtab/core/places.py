@@ -12,22 +12,9 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.errors import UserError, listing
-from trimtab.core.family import (
-    CONTRIBUTIONS,
-    SINGLE,
-    Family,
-    guess,
-    is_raw_projection,
-    join,
-    kind,
-    parameter_names,
-    paths_of,
-    raw_parameter,
-    regions,
-    walk,
-    widths,
-    within,
-)
+from trimtab.core.family import CONTRIBUTIONS, SINGLE, Family, paths_of, regions
+from trimtab.core.guess import guess
+from trimtab.core.modules import is_raw_projection, join, kind, parameter_names, raw_parameter, walk, widths, within
 from trimtab.core.rows import Rows
 
 HEADS = re.compile(r"(^|\.)(heads?|lm_head|classifier|score|fc|logits|unembed|generator)(\.\d+|\.\w*head)?$")

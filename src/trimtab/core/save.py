@@ -16,29 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core import batch as batches
-from trimtab.core.attach import (
-    SHARED,
-    commit,
-    drawing,
-    dtype_and_device,
-    encode_rest,
-    init_at,
-    products,
-    site_at,
-    unfit,
-)
-from trimtab.core.delta import Adapter, Delta, Group, Part, State, build, check_names, require_state, state_of
+from trimtab.core.attach import SHARED, commit
+from trimtab.core.delta import Delta, Group, build
+from trimtab.core.draw import drawing, dtype_and_device, init_at, site_at
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.files import sha256_of, write_together
 from trimtab.core.format import Format
+from trimtab.core.part import unfit
 from trimtab.core.places import Place
-from trimtab.core.quantized import Taken, check_modules, same_branch
+from trimtab.core.quantized import check_modules
 from trimtab.core.registry import from_json, name_of, to_json
 from trimtab.core.rounded import Rounded
 from trimtab.core.rows import Rows
 from trimtab.core.site import OpaqueBase, RawBase, Site
+from trimtab.core.stack import slot_name
+from trimtab.core.state import Adapter, Part, State, check_names, require_state, state_of
 from trimtab.core.swap import below, made
+from trimtab.core.taken import Taken, encode_rest, products, same_branch
 from trimtab.core.tensor_file import write_tensors
 
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
@@ -100,7 +94,7 @@ def baked(model: nn.Module, adapter: Adapter) -> tuple[Adapter, dict[str, Tensor
     state = require_state(model, "save")
     tensors, parts = adapter_tensors(model, adapter.name), []
     for part in adapter.parts:
-        slot = batches.slot_name(adapter.name, part.label)
+        slot = slot_name(adapter.name, part.label)
         group: Any = model._modules.get(SHARED)
         shared = gathered(group[slot]) if group is not None and slot in group else None
         done = []
@@ -149,7 +143,7 @@ def holders(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Part]
         for place, delta in zip(part.places, deltas_of(model, state, name, part), strict=True):
             yield f"{part.label}.{place.name}.", delta, part
         group: Any = model._modules.get(SHARED)
-        slot = batches.slot_name(name, part.label)
+        slot = slot_name(name, part.label)
         if group is not None and slot in group:
             yield f"{part.label}.@shared.", group[slot], part
 
@@ -168,7 +162,7 @@ def overwrite(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Non
 
 def deltas_of(model: nn.Module, state: State, name: str, part: Part) -> list[Delta]:
     """The delta of a part at each of its places."""
-    slot = batches.slot_name(name, part.label)
+    slot = slot_name(name, part.label)
     found = []
     for place in part.places:
         deltas: Any = model.get_submodule(place.module)._modules["delta"]
@@ -401,7 +395,7 @@ def outline(
         for site, place in zip(sites, part.places, strict=True):
             site.shared = group
             tensors = build(init_at(part.method, site, place, model), dtype=torch.float32, device=meta)
-            slot = batches.slot_name(adapter.name, part.label)
+            slot = slot_name(adapter.name, part.label)
             delta = Delta(part.method, tensors, adapter=adapter.name, slot=slot, rows=place.rows)
             delta.share(group)
             deltas.append(delta)

@@ -44,10 +44,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.core.errors import UserError, listing, nearest
-from trimtab.core.family import (
-    is_raw_projection,
-    join,
-)
+from trimtab.core.modules import is_raw_projection, join
 from trimtab.core.places import Anatomy, Place, ends_in
 
 ROLES = (

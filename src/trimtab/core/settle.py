@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from trimtab.core.delta import Part, require_state
 from trimtab.core.errors import UserError
 from trimtab.core.save import deltas_of
+from trimtab.core.state import Part, require_state
 
 Measure = Callable[[Part], Mapping[str, Tensor]]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from trimtab.core.batch import Batch
+    from trimtab.core.code import Code
     from trimtab.core.format import Format
-    from trimtab.core.quantized import Code
     from trimtab.core.rows import Rows
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from trimtab.core.attach import reads_batch
 from trimtab.core.attention import attention
-from trimtab.core.delta import state_of
 from trimtab.core.errors import UserError, listing
 from trimtab.core.method import InputMethod, Method
 from trimtab.core.positions import Ends
+from trimtab.core.state import state_of
 from trimtab.core.swap import original
 from trimtab.data.packing import Bag, Segment
 from trimtab.engine.row_attention import row_attention

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.frozen import frozen_product, frozen_weight
 from trimtab.core.mapped import align
-from trimtab.core.product import LARGE, frozen_product, frozen_weight
+from trimtab.core.product import LARGE
 from trimtab.core.scratch import release
 from trimtab.core.site import LinearBase
 from trimtab.core.swap import swap, unswap

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trimtab.core.batch import packed_prompts, prompts
 from trimtab.core.errors import UserError
-from trimtab.core.product import frozen_weight, product
+from trimtab.core.frozen import frozen_weight
+from trimtab.core.product import product
 from trimtab.core.site import LinearBase
+from trimtab.core.stack import packed_prompts, prompts
 from trimtab.data.batches import IGNORED, token_count
 from trimtab.data.packing import Bag, Pack
 from trimtab.engine.attention import edited_ends

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.code import Code
 from trimtab.core.machine import host_memory
-from trimtab.core.quantized import Code
 
 
 def narrow_tensors(model: nn.Module) -> list[Tensor]:

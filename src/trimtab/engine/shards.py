@@ -15,9 +15,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from trimtab.core.attach import SHARED
+from trimtab.core.code import Code
 from trimtab.core.delta import Delta
 from trimtab.core.errors import UserError
-from trimtab.core.quantized import Code, quantized_modules
+from trimtab.core.quantized import quantized_modules
 from trimtab.core.site import is_conv1d
 from trimtab.engine.checkpointing import stacks_of
 from trimtab.engine.heap import give_memory_back

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.delta import Deltas
+from trimtab.core.deltas import Deltas
+from trimtab.core.frozen import frozen_weight, low_rank_products
 from trimtab.core.low_rank import LowRank
-from trimtab.core.product import Panel, frozen_weight, low_rank_products
+from trimtab.core.product import Panel
 from trimtab.core.site import LinearBase
 from trimtab.core.swap import swap, unswap
 

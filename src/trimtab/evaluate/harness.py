@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core.batch import prompts
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.core.stack import prompts
 from trimtab.data.batches import IGNORED
 from trimtab.engine.loss import CHUNK, ends_with_head, only_positions
 from trimtab.evaluate.choices import padded

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core.batch import prompts
+from trimtab.core.stack import prompts
 from trimtab.data.batches import IGNORED, batches, collate
 from trimtab.data.encoded import Encoded
 from trimtab.engine.loss import only_positions

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import site_at
-from trimtab.core.delta import Delta, State, check_names, require_state
+from trimtab.core.delta import Delta
+from trimtab.core.draw import site_at
 from trimtab.core.errors import UserError, listing
 from trimtab.core.places import Place
 from trimtab.core.save import deltas_of
+from trimtab.core.state import State, check_names, require_state
 from trimtab.interop.to_lora import CUT, difference, overlapping
 
 EXACT = 2048

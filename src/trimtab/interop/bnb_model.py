@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.code import Code
 from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
-from trimtab.core.quantized import Code, quantized_modules
+from trimtab.core.quantized import quantized_modules
 from trimtab.core.site import is_conv1d
 from trimtab.storage import fp4, nf4
 from trimtab.storage.dynamic8 import MAPS, Dynamic8

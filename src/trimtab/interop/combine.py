@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import activate, site_at
-from trimtab.core.delta import Group, State
+from trimtab.core.attach import activate
+from trimtab.core.delta import Group
+from trimtab.core.draw import site_at
 from trimtab.core.errors import UserError, listing
-from trimtab.core.install import edit_raw
 from trimtab.core.places import Place
+from trimtab.core.raw import edit_raw
 from trimtab.core.registry import find
 from trimtab.core.save import attach_saved
+from trimtab.core.state import State
 from trimtab.interop.peft_lora import is_lora
 from trimtab.interop.saved import Draft, Saved, SavedSite, assemble, saved_of
 from trimtab.interop.shards import delta_of, layout_of, nested

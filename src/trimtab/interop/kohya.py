@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimtab.core.attach import site_at
-from trimtab.core.delta import State
+from trimtab.core.draw import site_at
 from trimtab.core.errors import UserError, nearest
 from trimtab.core.places import Place
 from trimtab.core.registry import find
 from trimtab.core.save import plain_class
+from trimtab.core.state import State
 from trimtab.interop.saved import Draft, Saved, assemble, places_by_path
 
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_", "lycoris_", "")

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import site_at
-from trimtab.core.delta import State
+from trimtab.core.draw import site_at
 from trimtab.core.errors import UserError, listing, nearest
 from trimtab.core.files import write_together
-from trimtab.core.install import Fields
 from trimtab.core.places import Place
+from trimtab.core.raw import Fields
 from trimtab.core.registry import find, make, name_of
 from trimtab.core.save import plain_class
+from trimtab.core.state import State
 from trimtab.core.tensor_file import write_tensors
 from trimtab.interop import peft_copies, peft_lora, peft_prompts
 from trimtab.interop.peft_table import GROUP, PROMPTS, Layer, Row, Tensors, known_types, refuse, row_for, row_of

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import site_at
-from trimtab.core.delta import State
+from trimtab.core.draw import site_at
 from trimtab.core.places import Place
 from trimtab.core.registry import find
+from trimtab.core.state import State
 from trimtab.interop.peft_table import Tensors, refuse
 from trimtab.interop.saved import Draft, SavedPart, places_by_path
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.batch import stack_of
 from trimtab.core.errors import UserError
 from trimtab.core.places import Place, places
 from trimtab.core.registry import find
 from trimtab.core.select import select
+from trimtab.core.stack import stack_of
 from trimtab.interop.peft_table import Tensors, refuse
 from trimtab.interop.saved import Draft, SavedPart
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import site_at
-from trimtab.core.delta import State, check_names, require_state
+from trimtab.core.draw import site_at
 from trimtab.core.errors import listing
 from trimtab.core.method import Method
 from trimtab.core.places import Place, places
@@ -31,6 +30,7 @@ from trimtab.core.save import (
     whole,
     write_adapter,
 )
+from trimtab.core.state import State, check_names, require_state
 
 
 @dataclass

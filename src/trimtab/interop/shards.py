@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from trimtab.core.delta import Cast, Delta, Group
 from trimtab.core.errors import UserError, listing
-from trimtab.core.install import RawWeight, edit_raw
+from trimtab.core.hosts import RawWeight
 from trimtab.core.merge import tied_parameters
 from trimtab.core.places import Place
+from trimtab.core.raw import edit_raw
 from trimtab.core.rows import Rows
 from trimtab.core.site import is_conv1d
 from trimtab.interop.saved import Saved, SavedPart, SavedSite

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.as_lora import factors_of
-from trimtab.core.attach import site_at
-from trimtab.core.delta import Delta, State, check_names, require_state
+from trimtab.core.delta import Delta
+from trimtab.core.draw import site_at
 from trimtab.core.errors import UserError, listing
-from trimtab.core.install import edit_raw, is_raw, plain_base, raw_weight
+from trimtab.core.hosts import is_raw, plain_base, raw_weight
 from trimtab.core.low_rank import LowRank
 from trimtab.core.places import Place
+from trimtab.core.raw import edit_raw
 from trimtab.core.registry import find
 from trimtab.core.save import deltas_of
 from trimtab.core.site import RawBase
+from trimtab.core.state import State, check_names, require_state
 from trimtab.interop.saved import Draft, Saved, assemble
 
 CUT = 1e-6

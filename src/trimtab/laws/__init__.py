@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from trimtab.core.attach import Attachable
+from trimtab.core.part import Attachable
 from trimtab.laws import distributed, function, numbers, paper, running, state
 from trimtab.laws.case import Case, Storage, cases, registered, small, storages
 from trimtab.laws.hosts import Host, zoo

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import Attachable, attach, plan, reads_batch, site_at
-from trimtab.core.delta import State
+from trimtab.core.attach import attach, reads_batch
+from trimtab.core.draw import site_at
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.method import InputMethod, Method, Placed, WeightMethod
+from trimtab.core.part import Attachable, plan
 from trimtab.core.quantized import quantize, quantize_module
 from trimtab.core.registry import find, name_of, names
+from trimtab.core.state import State
 from trimtab.laws.hosts import ROWS, Host, zoo
 from trimtab.laws.judging import move
 from trimtab.laws.twin import twin

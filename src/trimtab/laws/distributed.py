@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.attach import Attachable
+from trimtab.core.part import Attachable
 from trimtab.core.save import adapter_tensors, load, save
 from trimtab.laws.case import Case, storages
 from trimtab.laws.hosts import zoo

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.attach import activate, detach
-from trimtab.core.delta import Delta, edited_modules
+from trimtab.core.delta import Delta
+from trimtab.core.deltas import edited_modules
 from trimtab.core.errors import UserError
 from trimtab.core.install import INPUT_NAMES
 from trimtab.core.merge import merge

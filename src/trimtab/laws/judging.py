@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.delta import Delta, edited_modules
-from trimtab.core.install import RawDeltas
+from trimtab.core.delta import Delta
+from trimtab.core.deltas import edited_modules
 from trimtab.core.quantized import quantized_modules
+from trimtab.core.raw import RawDeltas
 
 
 class Broken(AssertionError):

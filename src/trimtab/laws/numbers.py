@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.catalog import matrices
-from trimtab.core.delta import Cast, edited_modules
+from trimtab.core.code import Code
+from trimtab.core.delta import Cast
+from trimtab.core.deltas import edited_modules
 from trimtab.core.errors import UserError
-from trimtab.core.install import plain_base
+from trimtab.core.hosts import plain_base
 from trimtab.core.merge import merge
 from trimtab.core.method import WeightMethod
 from trimtab.core.places import Place
-from trimtab.core.quantized import Code, dequantize
+from trimtab.core.quantized import dequantize
 from trimtab.laws.case import Case, excuses, sites_of
 from trimtab.laws.hosts import TOKENS, Alone, Host
 from trimtab.laws.judging import close, codes, move, require, same_bits, trainable

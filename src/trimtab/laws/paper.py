@@ -25,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.core.delta import Delta, Group, Part, edited_modules
-from trimtab.core.install import is_raw, plain_base, raw_weight
+from trimtab.core.delta import Delta, Group
+from trimtab.core.deltas import edited_modules
+from trimtab.core.hosts import is_raw, plain_base, raw_weight
 from trimtab.core.method import InputMethod
 from trimtab.core.places import Place
 from trimtab.core.save import deltas_of
 from trimtab.core.site import kind_of
+from trimtab.core.state import Part
 from trimtab.laws.case import FP64, Case, methods_in, title
 from trimtab.laws.judging import Broken, NotApplicable, close, require
 from trimtab.laws.law import law

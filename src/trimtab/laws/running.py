@@ -9,7 +9,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from trimtab.core.delta import edited_modules
+from trimtab.core.deltas import edited_modules
 from trimtab.laws.case import Case
 from trimtab.laws.judging import NotApplicable, close, require, trainable
 from trimtab.laws.law import law

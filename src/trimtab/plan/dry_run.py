@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config as experimental
 
-from trimtab.core import quantized, scratch
+from trimtab.core import code, scratch
 from trimtab.core.active import Activity
 from trimtab.core.attach import attach
 from trimtab.core.attention import attention as through_edits
@@ -153,7 +153,7 @@ def encoded_once(format: Format | None) -> Iterator[None]:
 @contextmanager
 def decoded_once() -> Iterator[None]:
     """Decode one weight of each kind as its format does, the others by what that one needed on the way."""
-    plain = quantized._decoded
+    plain = code._decoded
     known: dict[str, tuple[int, torch.dtype]] = {}
 
     def decoded(tensors: Sequence[Tensor], key: str) -> Tensor:
@@ -166,11 +166,11 @@ def decoded_once() -> Iterator[None]:
             return W
         extra, dtype = known[key]
         room = torch.empty(extra, dtype=torch.uint8, device="meta")
-        W = torch.empty(quantized._recipe(key).shape, dtype=dtype, device="meta")
+        W = torch.empty(code._recipe(key).shape, dtype=dtype, device="meta")
         del room
         return W
 
-    with standing(quantized, "_decoded", decoded):
+    with standing(code, "_decoded", decoded):
         yield
 
 

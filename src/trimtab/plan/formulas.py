@@ -21,11 +21,11 @@ from typing import Any
 from torch import nn
 
 from trimtab.catalog import trained_values
-from trimtab.core.attach import plan
 from trimtab.core.errors import UserError
 from trimtab.core.format import Format
 from trimtab.core.low_rank import LowRank
 from trimtab.core.method import Placed
+from trimtab.core.part import plan
 from trimtab.core.registry import find
 from trimtab.core.select import select
 from trimtab.core.transform import Transform

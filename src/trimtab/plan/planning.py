@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.core.attach import plan as plan_parts
 from trimtab.core.errors import UserError
 from trimtab.core.method import Placed
+from trimtab.core.part import plan as plan_parts
 from trimtab.engine.checkpointing import stacks_of
 from trimtab.models.loading import DTYPES, outline
 from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of

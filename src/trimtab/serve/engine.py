@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.attach import rearrange
-from trimtab.core.delta import state_of
 from trimtab.core.errors import UserError
+from trimtab.core.state import state_of
 from trimtab.evaluate.generate import room_of, stop_ids
 from trimtab.serve.lane import Lane, Row, check_cache
 from trimtab.serve.sampling import Choice, Chooser, Sampling

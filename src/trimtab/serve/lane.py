@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.attach import rearrange
-from trimtab.core.delta import require_state, state_of
 from trimtab.core.errors import UserError, listing
+from trimtab.core.state import require_state, state_of
 from trimtab.evaluate.generate import room_of, virtual_of
 
 

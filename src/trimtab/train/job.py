@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trimtab.core.delta import Part
 from trimtab.core.fisher import MEASURES
+from trimtab.core.state import Part
 from trimtab.data.batches import collate
 from trimtab.data.encoded import Encoded, EncodedSet
 from trimtab.data.packing import SHARE, bag, pack

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trimtab.core.attach import attach, plan
-from trimtab.core.delta import Delta, require_state
+from trimtab.core.attach import attach
+from trimtab.core.delta import Delta
 from trimtab.core.errors import UserError, listing
 from trimtab.core.fisher import MEASURES
 from trimtab.core.format import Format
 from trimtab.core.method import InputMethod, Method, Placed
+from trimtab.core.part import plan
 from trimtab.core.registry import find, name_of, to_json
+from trimtab.core.state import require_state
 from trimtab.data.batches import collate
 from trimtab.data.cache import encode_cached
 from trimtab.data.encoded import EncodedSet

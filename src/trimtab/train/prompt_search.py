@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.delta import check_names, require_state
 from trimtab.core.errors import UserError
-from trimtab.core.install import frozen_base
+from trimtab.core.hosts import frozen_base
 from trimtab.core.method import Method
 from trimtab.core.places import Place
 from trimtab.core.registry import name_of
 from trimtab.core.save import deltas_of
+from trimtab.core.state import check_names, require_state
 from trimtab.data.batches import batches
 from trimtab.engine.loss import loss_sum, terms_of
 from trimtab.train import rundir

@@ -13,12 +13,13 @@ from torch import nn
 from trimtab.catalog import inner
 from trimtab.core.active import Active, Activity, members_of
 from trimtab.core.attach import SHARED
-from trimtab.core.delta import Delta, Part
+from trimtab.core.delta import Delta
 from trimtab.core.errors import UserError
 from trimtab.core.method import Method
 from trimtab.core.optimizer import Optimizer
 from trimtab.core.registry import name_of
 from trimtab.core.rounded import Values
+from trimtab.core.state import Part
 from trimtab.core.transform import Transform
 from trimtab.train.recipe import Recipe, build_named
 

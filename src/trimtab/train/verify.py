@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.attach import detach
-from trimtab.core.delta import Delta, require_state
+from trimtab.core.delta import Delta
 from trimtab.core.errors import UserError
 from trimtab.core.merge import merge
 from trimtab.core.quantized import quantized_modules
 from trimtab.core.save import adapter_tensors, load, save
+from trimtab.core.state import require_state
 from trimtab.data.batches import IGNORED, batches, collate
 from trimtab.data.encoded import Encoded
 from trimtab.data.packing import SHARE, bag, pack

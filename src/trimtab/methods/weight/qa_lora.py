@@ -13,7 +13,7 @@ from trimtab.core.method import WeightMethod, dropout
 from trimtab.core.site import Base, Site
 
 if TYPE_CHECKING:
-    from trimtab.core.quantized import Code
+    from trimtab.core.code import Code
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.core.code import Code
 from trimtab.core.errors import UserError, listing
-from trimtab.core.quantized import Code, describe, quantize, rebuild
+from trimtab.core.quantized import describe, quantize, rebuild
 from trimtab.core.registry import to_json
 from trimtab.models.coded.packed import settings_of, usual_format
 from trimtab.models.coded.source import Coded, Source
