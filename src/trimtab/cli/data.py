@@ -81,7 +81,7 @@ def command(
         say(f"\nTo see the trained tokens: trimtab data {file} --model smollm2-135m-instruct")
         return found
     from trimtab.data.examples import Labelled
-    from trimtab.models.loading import decoder_start_of
+    from trimtab.models.tasks import decoder_start_of
 
     tokenizer = tokenizer_of(model)
     start = None if isinstance(rows[0], Labelled) else decoder_start_of(model)
@@ -195,7 +195,7 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     from trimtab.models.files import tokenizer_problems
-    from trimtab.models.loading import asked
+    from trimtab.models.sources import asked
     from trimtab.models.starters import fetch, quiet_transformers, starters
 
     directory = Path(model).expanduser()

@@ -206,7 +206,8 @@ def opened(subject: str, adapter: str | None, dtype: str, device: str) -> Subjec
         kept = {key: getattr(run.recipe, key) for key in ("columns", "max_length", "train_on")}
         labels = report.get("labels") or run.record.get("labels")
         return Subject(model, tokenizer, run.record["task"], kept, labels, Path(subject))
-    from trimtab.models.loading import load, writing_task
+    from trimtab.models.loading import load
+    from trimtab.models.tasks import writing_task
 
     task = writing_task(subject)
     loaded = load(subject, task=task, dtype=dtype, device=device, progress=lambda line: say(line, err=True))
@@ -253,7 +254,7 @@ def losses(subject: Subject, rows: Sequence[Any], options: Options) -> dict[str,
     from trimtab.data.encode import encode_all
     from trimtab.evaluate.glue import labelled_scores
     from trimtab.evaluate.loss import evaluate
-    from trimtab.models.loading import decoder_start
+    from trimtab.models.tasks import decoder_start
 
     settings: dict[str, Any] = {"max_length": options.max_length or subject.settings.get("max_length")}
     settings["truncation"] = "right"

@@ -277,7 +277,8 @@ def streamed(directory: Path, out: Path, model: str | None) -> dict[str, Any]:
     from trimtab.interop import shards
     from trimtab.interop.saved import open_saved
     from trimtab.models.context import lengthen
-    from trimtab.models.loading import directory_of, outline
+    from trimtab.models.loading import outline
+    from trimtab.models.sources import directory_of
     from trimtab.train.rundir import ADAPTER, open_run
     from trimtab.train.rundir import RECORD as RUN_RECORD
 

@@ -30,8 +30,9 @@ from trimtab.data.splitting import take
 from trimtab.data.wording import inference_prompt
 from trimtab.evaluate.reference import BUILT_IN, NONE, reference_loss
 from trimtab.evaluate.rows import RowScores, each_row
-from trimtab.models.loading import Loaded, load, writing_task
+from trimtab.models.loading import Loaded, load
 from trimtab.models.starters import quiet_transformers
+from trimtab.models.tasks import writing_task
 from trimtab.train import rundir
 from trimtab.train.job import Job
 from trimtab.train.prepare import encoded, label_names, prepare, task_of

@@ -80,7 +80,7 @@ def finished(folder: Path) -> Run:
 
 
 def of_run(run: Run, device: str) -> Opened:
-    from trimtab.models.loading import directory_of
+    from trimtab.models.sources import directory_of
 
     model, tokenizer = run.load(device)
     place = directory_of(run.recipe.model)
@@ -141,7 +141,7 @@ def stored_dtype(source: str) -> str:
     """The type a base model is stored in, which a conversion keeps; `auto` where that is not known."""
     from trimtab.interop.shards import DTYPES, files_of, header_of
     from trimtab.models.files import is_coded
-    from trimtab.models.loading import directory_of
+    from trimtab.models.sources import directory_of
 
     directory = directory_of(source)
     if directory is not None and is_coded(directory):  # floats in its files are scales
@@ -155,7 +155,7 @@ def stored_dtype(source: str) -> str:
 def of_foreign(adapter: Path, model: str | None, device: str, verb: str) -> Opened:
     """An adapter of another library: its file names its base, or the user does."""
     from trimtab.models.loading import load as load_model
-    from trimtab.models.loading import writing_task
+    from trimtab.models.tasks import writing_task
 
     source = model or base_named(adapter)
     if not source:

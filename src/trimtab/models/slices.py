@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from trimtab.models import loading
+from trimtab.models.buffers import fill_buffers
+from trimtab.models.context import lengthen
+from trimtab.models.devices import DTYPES, auto_dtype
 from trimtab.models.files import TASKS, check_directory, is_coded, weights_in
-from trimtab.models.loading import DTYPES, Loaded
+from trimtab.models.loading import Loaded
+from trimtab.models.sources import config_of, located
 from trimtab.models.starters import quiet_transformers
+from trimtab.models.tasks import check_task
+from trimtab.models.tokenizers import longest_input, set_padding, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -52,22 +57,22 @@ def hollow(
     None where the weights have to be loaded in one piece: a model that is not in a local directory, whose tensors have
     other names in the files, or with buffers that its configuration does not give.
     """
-    location, directory = loading.located(source, None)
+    location, directory = located(source, None)
     if directory is None:
         return None
     check_directory(directory, task="causal")
     if is_coded(directory):
         return None
     files, _ = weights_in(directory, "causal")
-    kind, note = (DTYPES[dtype], None) if dtype != "auto" else loading.auto_dtype(device)
+    kind, note = (DTYPES[dtype], None) if dtype != "auto" else auto_dtype(device)
     slices = Slices(tuple(files), kind)
     with quiet_transformers():
-        config = loading.config_of(location, source, hub=False)
-        loading.check_task(config, source, "causal")
+        config = config_of(location, source, hub=False)
+        check_task(config, source, "causal")
         notes = [note] if note else []
         if context is not None:
-            notes.append(loading.lengthen(config, context, str(source)))
-        tokenizer = loading.tokenizer_of(location, source)
+            notes.append(lengthen(config, context, str(source)))
+        tokenizer = tokenizer_of(location, source)
         loader = getattr(importlib.import_module("transformers"), TASKS["causal"][0])
         with torch.device("meta"):
             model = loader.from_config(config, dtype=kind).eval()
@@ -75,31 +80,10 @@ def hollow(
             return None
         if any(tuple(slices.places[n].get_slice(n).get_shape()) != tuple(p.shape) for n, p in model.named_parameters()):
             return None
-        notes += loading.set_padding(model, tokenizer, source)
-    length = loading.longest_input(model, tokenizer)
+        notes += set_padding(model, tokenizer, source)
+    length = longest_input(model, tokenizer)
     made = Loaded(model, tokenizer, str(source), directory, "causal", kind, device, length, (), tuple(notes))
     return made, slices
-
-
-def fill_buffers(model: nn.Module) -> bool:
-    """Give modules without weights (rotary positions) the tensors that their configuration makes; whether all have."""
-    for _, module in hollow_buffers(model):
-        try:
-            made = type(module)(module.config)
-        except (TypeError, AttributeError):
-            return False
-        module._buffers.update(made._buffers)
-        for key, value in vars(made).items():
-            if isinstance(value, Tensor):
-                module.__dict__[key] = value
-    return not any(True for _ in hollow_buffers(model))
-
-
-def hollow_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with buffers on the meta device."""
-    for name, module in model.named_modules():
-        if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
-            yield name, module
 
 
 class Looks(TorchFunctionMode):

@@ -37,13 +37,12 @@ from trimtab.engine.attention import can_pack, edited_ends, reads_positions
 from trimtab.engine.encoder import Seam, candidates
 from trimtab.engine.faster import quick_gate, quick_norm, running
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
-from trimtab.models.loading import DTYPES
+from trimtab.models.devices import DTYPES
 from trimtab.plan.live import Live
 from trimtab.train.base import format_of, quantize_left, require_dense
 from trimtab.train.prepare import group_of, placed_parts
 from trimtab.train.recipe import Recipe, build_method
-from trimtab.train.run import add_penalties
-from trimtab.train.updates import rule_of, schedule_of
+from trimtab.train.updates import add_penalties, rule_of, schedule_of
 
 
 @dataclass(frozen=True)

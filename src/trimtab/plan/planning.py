@@ -16,7 +16,8 @@ from trimtab.core.errors import UserError
 from trimtab.core.method import Placed
 from trimtab.core.part import plan as plan_parts
 from trimtab.engine.checkpointing import stacks_of
-from trimtab.models.loading import DTYPES, outline
+from trimtab.models.devices import DTYPES
+from trimtab.models.loading import outline
 from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of
 from trimtab.plan.formulas import Estimate, Shape, estimate, trains
 from trimtab.plan.process import Room, around, passing, room
@@ -183,7 +184,7 @@ def settled(recipe: Recipe, fit: Room) -> Recipe:
     """`dtype: auto` as the device would have it."""
     if recipe.dtype != "auto":
         return recipe
-    from trimtab.models.loading import auto_dtype
+    from trimtab.models.devices import auto_dtype
 
     found = torch.bfloat16 if fit.kind != "cpu" else auto_dtype(torch.device("cpu"))[0]
     return replace(recipe, dtype=str(found).removeprefix("torch."))

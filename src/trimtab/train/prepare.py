@@ -35,9 +35,10 @@ from trimtab.engine.loss import loss_sum, on
 from trimtab.engine.ranks import ALONE, Ranks
 from trimtab.engine.shifted_attention import can_shift, group_for
 from trimtab.models.fingerprints import fingerprint
-from trimtab.models.loading import Loaded, decoder_start, writing_task
+from trimtab.models.loading import Loaded
 from trimtab.models.loading import load as load_model
 from trimtab.models.starters import home
+from trimtab.models.tasks import decoder_start, writing_task
 from trimtab.train import base, rundir
 from trimtab.train.job import MEASURED_ROWS, Job, statistics_of
 from trimtab.train.recipe import Recipe, build_method, with_preset

@@ -31,7 +31,7 @@ from trimtab.train.prompt_search import is_searched, search, wording
 from trimtab.train.recipe import Recipe
 from trimtab.train.reporter import Reporter
 from trimtab.train.trackers import names_in, opened
-from trimtab.train.updates import Updates
+from trimtab.train.updates import Updates, add_penalties
 from trimtab.train.writer import Writer
 
 SECONDS_BETWEEN = 60.0
@@ -296,12 +296,6 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     settle(model, None, partial(job.measure_again, step=step))
     job.record["kept_step"] = counters["best_step"] if best else step
     return metrics
-
-
-def add_penalties(deltas: Sequence[Delta]) -> None:
-    """Add the gradients of the terms that methods put on their own tensors."""
-    for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
-        term.backward()
 
 
 def due(recipe: Recipe, step: int, last_saved: float) -> bool:

@@ -311,3 +311,9 @@ def markdown() -> str:
     """The refusals as a Markdown table."""
     lines = ["| choice | does not go with | because | instead |", "|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {one.one} | {one.other} | {one.reason} | {one.fix} |" for one in REFUSALS)])
+
+
+def add_penalties(deltas: Sequence[Delta]) -> None:
+    """Add the gradients of the terms that methods put on their own tensors."""
+    for term in filter(None, (delta.method.penalty(delta) for delta in deltas)):
+        term.backward()

@@ -12,6 +12,7 @@ from trimtab.core.code import Code
 from trimtab.core.errors import UserError, listing
 from trimtab.core.quantized import describe, quantize, rebuild
 from trimtab.core.registry import to_json
+from trimtab.models.buffers import fill_buffers, hollow_buffers
 from trimtab.models.coded.packed import settings_of, usual_format
 from trimtab.models.coded.source import Coded, Source
 
@@ -62,7 +63,7 @@ def built(
     if problems:
         raise UserError(f"model {where}: {listing(problems, 5)}", fix="; ".join(list(fixes)[:3]))
     used = fill(model, source, rename, dtype)
-    fill_buffers(model, loader, config)
+    fill_all_buffers(model, loader, config)
     model.tie_weights()
     left = [name for name, value in model.named_parameters() if value.is_meta]
     new = [name for name in left if in_head is not None and in_head(model, name)]
@@ -157,15 +158,13 @@ def fill(model: nn.Module, source: Source, rename: Callable[[str], str], dtype: 
     return used
 
 
-def fill_buffers(model: nn.Module, loader: Any, config: Any) -> None:
+def fill_all_buffers(model: nn.Module, loader: Any, config: Any) -> None:
     """Give modules the tensors that their configuration makes; if they cannot say, from a dense model made for it."""
-    from trimtab.models import slices
-
-    if slices.fill_buffers(model):
+    if fill_buffers(model):
         return
     with torch.random.fork_rng(devices=[]):
         whole = dict(loader.from_config(config).named_buffers())
-    for path, module in slices.hollow_buffers(model):
+    for path, module in hollow_buffers(model):
         for key, value in module._buffers.items():
             if value is not None and value.is_meta:
                 module._buffers[key] = whole[f"{path}.{key}" if path else key]
