@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.core.errors import UserError
-from trimtab.models import fingerprints, loading
+from trimtab.models import devices, fingerprints, loading, sources, tokenizers
 from trimtab.models.files import check_directory
 from trimtab.models.fingerprints import fingerprint
 from trimtab.models.loading import Loaded, load
@@ -111,11 +111,11 @@ def test_what_a_model_makes_in_float32_unasked_follows_the_dtype(tmp_path: Path)
     made.save_pretrained(tmp_path)
     read = transformers.DebertaModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert read.encoder.layer[0].attention.self.q_bias.dtype == torch.float32
-    loading.level(read, torch.bfloat16)
+    devices.level(read, torch.bfloat16)
     assert {one.dtype for one in read.parameters()} == {torch.bfloat16}
     read(input_ids=torch.arange(3, 9)[None])
     keeps = transformers.T5EncoderModel(transformers.T5Config(d_model=16, d_ff=24, d_kv=4, num_heads=2, num_layers=1))
-    loading.level(keeps, torch.float16)
+    devices.level(keeps, torch.float16)
     kept = {name for name, one in keeps.named_parameters() if one.dtype == torch.float32}
     assert kept == {"encoder.block.0.layer.1.DenseReluDense.wo.weight"}
 
@@ -132,7 +132,7 @@ def test_dtype_auto_on_a_cpu(model_directory: Make, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_dtype_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    kind, note = loading.auto_dtype(torch.device("cuda"))
+    kind, note = devices.auto_dtype(torch.device("cuda"))
     assert kind == (torch.bfloat16 if capability >= (8, 0) else torch.float32)
     assert (note is None) == (kind == torch.float32)
 
@@ -311,7 +311,7 @@ def test_a_hub_that_fails_is_one_message() -> None:
     was = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = False
     try:
-        error = loading._no_hub("some/model", OSError("We couldn't connect\nmore lines"))
+        error = sources.no_hub("some/model", OSError("We couldn't connect\nmore lines"))
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = was
     assert "did not give it: We couldn't connect\n  fix:" in str(error)
@@ -541,7 +541,7 @@ def test_a_free_padding_token_of_the_vocabulary_is_used(model_directory: Make) -
 def test_the_unknown_token_then_the_end_token_pad(
     model_directory: Make, special: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_PADDING_NAMES", ())
+    monkeypatch.setattr(tokenizers, "_PADDING_NAMES", ())
     loaded = load(model_directory("LlamaForCausalLM", tokenizer=special), device="cpu")
     assert loaded.tokenizer.pad_token == special.get("unk_token", "</s>")
     assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id
@@ -550,7 +550,7 @@ def test_the_unknown_token_then_the_end_token_pad(
 
 
 def test_no_token_to_pad_with(model_directory: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_PADDING_NAMES", ())
+    monkeypatch.setattr(tokenizers, "_PADDING_NAMES", ())
     directory = model_directory("LlamaForCausalLM", tokenizer={"bos_token": "<s>"})
     refusal("no padding token", "tokenizer_config.json", call=lambda: load(directory))
 
