@@ -18,7 +18,7 @@ from trimtab.core.errors import UserError
 from trimtab.core.save import attach_saved
 from trimtab.interop.gguf_lora import read_gguf_lora, write_gguf_lora
 from trimtab.interop.gguf_model import write_gguf_model
-from trimtab.interop.peft import to_peft
+from trimtab.interop.peft.writing import to_peft
 from trimtab.interop.saved import saved_of
 from trimtab.interop.servable import verdicts
 from trimtab.interop.to_lora import to_lora

@@ -13,7 +13,8 @@ from tests.interop.conftest import logits, make
 
 import trimtab as tt
 from trimtab.core.errors import UserError
-from trimtab.interop.peft import from_peft, to_peft, write_peft
+from trimtab.interop.peft.reading import from_peft
+from trimtab.interop.peft.writing import to_peft, write_peft
 from trimtab.interop.saved import open_saved, saved_of
 
 peft = pytest.importorskip("peft")
@@ -414,7 +415,7 @@ def test_torchs_attention_is_refused_where_peft_counts_its_output_twice(tmp_path
 
 
 def test_the_docs_name_every_type_that_is_read(repository: Path) -> None:
-    from trimtab.interop.peft_table import known_types
+    from trimtab.interop.peft.table import known_types
 
     page = (repository / "docs" / "interop.md").read_text(encoding="utf-8")
     assert [kind for kind in known_types() if kind not in page] == []

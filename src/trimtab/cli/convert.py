@@ -114,7 +114,7 @@ def described(saved: Saved) -> dict[str, Any]:
 
 def as_peft(it: Opened, bare: Any, saved: Saved, out: Path) -> dict[str, Any]:
     """Write PEFT's format and say who can serve it."""
-    from trimtab.interop.peft import to_peft, write_peft
+    from trimtab.interop.peft.writing import to_peft, write_peft
     from trimtab.interop.servable import verdicts
 
     base = str(it.directory) if it.directory is not None else it.source

@@ -22,7 +22,7 @@ from trimtab.core.places import Place
 from trimtab.core.registry import find
 from trimtab.core.save import plain_class
 from trimtab.core.select import select
-from trimtab.interop.peft_prompts import layers_of, rotation, turned
+from trimtab.interop.peft.prompts import layers_of, rotation, turned
 from trimtab.interop.saved import Draft, Saved, assemble, places_by_path
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"

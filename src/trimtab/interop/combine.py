@@ -23,7 +23,7 @@ from trimtab.core.raw import edit_raw
 from trimtab.core.registry import find
 from trimtab.core.save import attach_saved
 from trimtab.core.state import State
-from trimtab.interop.peft_lora import is_lora
+from trimtab.interop.peft.lora import is_lora
 from trimtab.interop.saved import Draft, Saved, SavedSite, assemble, saved_of
 from trimtab.interop.shards import delta_of, layout_of, nested
 from trimtab.interop.to_lora import Fit, padded, split

@@ -18,7 +18,7 @@ from trimtab.core.errors import UserError, listing
 from trimtab.core.merge import tied_parameters
 from trimtab.core.places import by_head
 from trimtab.core.rows import Rows
-from trimtab.interop.peft_lora import is_lora, pairs_of, stacked
+from trimtab.interop.peft.lora import is_lora, pairs_of, stacked
 from trimtab.interop.saved import Saved
 from trimtab.models.gguf import INTERLEAVED, PARTED, halves_from_pairs
 

@@ -9,7 +9,8 @@ from torch import nn
 from trimtab.core import save
 from trimtab.interop.adapterhub import from_adapterhub, is_adapterhub
 from trimtab.interop.kohya import from_kohya, is_kohya
-from trimtab.interop.peft import from_peft, is_peft
+from trimtab.interop.peft.files import is_peft
+from trimtab.interop.peft.reading import from_peft
 from trimtab.interop.saved import Saved
 
 

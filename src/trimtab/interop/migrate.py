@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import UserError
-from trimtab.interop.peft_table import row_of
+from trimtab.interop.peft.table import row_of
 from trimtab.train.recipe import ALIASES, OPTIMIZERS, fields
 
 Values = dict[str, Any]

@@ -129,7 +129,7 @@ def of_adapter(adapter: Path, model: str | None, device: str, verb: str) -> Open
 def base_named(adapter: Path) -> str | None:
     """The base model that an adapter of another library names, if it does."""
     from trimtab.interop.adapterhub import is_adapterhub
-    from trimtab.interop.peft import is_peft, read_config
+    from trimtab.interop.peft.files import is_peft, read_config
 
     if is_adapterhub(adapter):
         told = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def of_foreign(adapter: Path, model: str | None, device: str, verb: str) -> Open
 def labels_of(adapter: Path) -> list[str] | None:
     """Names for the labels of a PEFT classifier, as many as its saved head has rows; None of another adapter."""
     from trimtab.interop.adapterhub import is_adapterhub
-    from trimtab.interop.peft import WEIGHTS, is_peft, read_config
+    from trimtab.interop.peft.files import WEIGHTS, is_peft, read_config
     from trimtab.interop.shards import header_of
 
     if not is_peft(adapter) or is_adapterhub(adapter) or read_config(adapter).get("task_type") != "SEQ_CLS":

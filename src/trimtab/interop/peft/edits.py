@@ -1,102 +1,17 @@
-"""Which PEFT type is which method of ours, and under which names both keep the same tensors: data, one row each.
-
-A tensor that both write alike stands in `tensors` and no more; where the arithmetic differs a row has a pair of small
-functions. Settings that only steer training and have no counterpart (`rank_dropout`, `init_weights`) are passed over;
-those that change what is computed and cannot be had here stand in `fixed` and are refused by name.
-"""
+"""Where PEFT and we write the same method with other tensors or settings: a pair of small functions for each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trimtab.core.errors import UserError
 from trimtab.core.low_rank import key_of
-from trimtab.core.places import Place
-from trimtab.core.site import Site
+from trimtab.interop.peft.row import GROUP, Layer, Reading, Settings, Tensors, Writing, refuse, site_of
 from trimtab.interop.saved import SavedPart, SavedSite
-
-Tensors = dict[str, Tensor]
-GROUP = "@group"
-"""Among the settings of a site: what has to be equal for two sites to be one part."""
-
-
-@dataclass
-class Layer:
-    """The tensors that a PEFT file has for one module, and what the file and the model say about it."""
-
-    place: Place
-    shape: tuple[int, int]
-    tensors: Tensors
-    config: Mapping[str, Any]
-    shared: Tensors
-    module: nn.Module
-
-    @property
-    def conv1d(self) -> bool:
-        """Whether it is GPT-2's transposed linear layer."""
-        return hasattr(self.module, "nf")
-
-
-Settings = dict[str, Any]
-Reading = tuple[Settings, Tensors, Tensors]
-"""Settings of the method, its tensors at one site, and what its sites share."""
-Writing = tuple[Settings, Tensors]
-"""Entries of PEFT's config, and its tensors at one module."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One PEFT type beside one method."""
-
-    peft: str
-    method: str
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    """Name at a module in PEFT's file -> name at a site in ours."""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """Field of the method -> key of PEFT's config."""
-    patterns: Mapping[str, str] = field(default_factory=dict)
-    """Field of the method -> key of PEFT's config that sets it for some modules."""
-    shared: Mapping[str, str] = field(default_factory=dict)
-    """Name at the root of PEFT's file -> name among what sites share."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of PEFT's config with the one value that is understood."""
-    constant: Mapping[str, Any] = field(default_factory=dict)
-    """Keys that PEFT's config gets whatever the method."""
-    read: Callable[[Layer, Reading], Reading] | None = None
-    write: Callable[[SavedPart, SavedSite, Writing], Writing] | None = None
-    conv1d: bool = True
-    """Whether PEFT puts it on GPT-2's Conv1D."""
-    optional: frozenset[str] = frozenset()
-    """Tensors of `tensors` that a file may lack."""
-    ignored: frozenset[str] = frozenset()
-    """Tensors at a module that repeat what stands elsewhere in the file."""
-    chosen: Callable[[Mapping[str, Any]], bool] | None = None
-    """Which of several rows of one PEFT type a config means."""
-    share: Callable[[Sequence[Layer], Tensors], Tensors] | None = None
-    """What the layers of one part use together, out of what all layers of the file do."""
-    unshare: Callable[[SavedPart], Tensors] | None = None
-    """The inverse, by PEFT's names."""
-    gather: Callable[[Sequence[Layer], list[Settings]], list[Settings]] | None = None
-    """Settings that only all layers together decide."""
-
-
-def refuse(what: str, why: str, fix: str | None = None) -> UserError:
-    """An error about something one of the two formats cannot say."""
-    return UserError(f"PEFT: {what}: {why}", fix=fix)
-
-
-def site_of(layer: Layer) -> Site:
-    """A stand-in for the site of a layer, with its name and role."""
-    return Site(layer.place.name, None, layer.place.kind, role=layer.place.role)  # type: ignore[arg-type]
-
-
-# ------------------------------------------------------------------------------------------------------------ AdaLoRA
 
 
 def read_adalora(layer: Layer, reading: Reading) -> Reading:
@@ -129,9 +44,6 @@ def write_adalora(part: SavedPart, site: SavedSite, writing: Writing) -> Writing
     tensors["lora_E"] = tensors["lora_E"][:, None]
     schedule = {"tinit": method.begin, "tfinal": 0, "total_step": max(method.end, method.begin + 1)}
     return settings | schedule | {"r": method.rank, "rank_pattern": None}, tensors
-
-
-# ------------------------------------------------------------------------------------------------------ random bases
 
 
 def read_vera(layer: Layer, reading: Reading) -> Reading:
@@ -228,9 +140,6 @@ def write_fourier(part: SavedPart, site: SavedSite, writing: Writing) -> Writing
     return writing
 
 
-# --------------------------------------------------------------------------------------------------- rotations, scales
-
-
 def read_ia3(layer: Layer, reading: Reading) -> Reading:
     """A column scales the output, a row the input."""
     l = layer.tensors["ia3_l"]  # noqa: E741
@@ -308,9 +217,6 @@ def read_road(layer: Layer, reading: Reading) -> Reading:
 def write_road(part: SavedPart, site: SavedSite, writing: Writing) -> Writing:
     settings, tensors = writing
     return settings | {"variant": f"road_{part.method.angles}"}, tensors
-
-
-# ------------------------------------------------------------------------------------------- products, masks, the rest
 
 
 def read_loha(layer: Layer, reading: Reading) -> Reading:
@@ -400,181 +306,3 @@ def write_beft(part: SavedPart, site: SavedSite, writing: Writing) -> Writing:
 
 def is_bat(config: Mapping[str, Any]) -> bool:
     return config.get("init_weights") == "bat"
-
-
-RANKS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
-
-ROWS: tuple[Row, ...] = (
-    Row(
-        *("ADALORA", "adalora"),
-        {"lora_A": "Q", "lora_B": "P", "lora_E": "lambda_"},
-        {"rank": "init_r", "target": "target_r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
-        read=read_adalora,
-        share=share_adalora,
-        write=write_adalora,
-    ),
-    Row(
-        *("VERA", "vera"),
-        {"vera_lambda_b": "b", "vera_lambda_d": "d"},
-        {"rank": "r", "dropout": "vera_dropout"},
-        shared={"vera_A": "A", "vera_B": "B"},
-        constant={"save_projection": True},
-        read=read_vera,
-        share=share_vera,
-    ),
-    Row(*("IA3", "ia3"), {"ia3_l": "l"}, read=read_ia3, write=write_ia3, gather=gather_ia3),
-    Row(
-        *("LOHA", "loha"),
-        {"hada_w1_a": "B1", "hada_w1_b": "A1", "hada_w2_a": "B2", "hada_w2_b": "A2"},
-        {"rank": "r", "alpha": "alpha"},
-        RANKS,
-        fixed={"use_effective_conv2d": False},
-        read=read_loha,
-        conv1d=False,
-    ),
-    Row(
-        *("LOKR", "lokr"),
-        {"lokr_w1": "C", "lokr_w2": "D", "lokr_w2_a": "B", "lokr_w2_b": "A"},
-        {"rank": "r", "alpha": "alpha"},
-        RANKS,
-        fixed={"use_effective_conv2d": False},
-        read=read_lokr,
-        write=write_lokr,
-        conv1d=False,
-        optional=frozenset({"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_w1_a", "lokr_w1_b"}),
-        ignored=frozenset({"lokr_w1_a", "lokr_w1_b"}),
-    ),
-    Row(
-        *("OFT", "oft"),
-        {"oft_R.weight": "q"},
-        {"block_size": "oft_block_size", "dropout": "module_dropout"},
-        fixed={"coft": False},
-        read=read_oft,
-        write=write_oft,
-        conv1d=False,
-    ),
-    Row(
-        *("BOFT", "boft"),
-        {"boft_R": "D", "boft_s": "s"},
-        {"block_size": "boft_block_size"},
-        read=read_boft,
-        write=write_boft,
-        conv1d=False,
-    ),
-    Row(
-        *("HRA", "hra"),
-        {"hra_u": "U"},
-        {"rank": "r"},
-        fixed={"apply_GS": False},
-        read=read_hra,
-        conv1d=False,
-    ),
-    Row(
-        *("FOURIERFT", "fourier_ft"),
-        {"fourierft_spectrum": "c"},
-        {"coefficients": "n_frequency", "alpha": "scaling", "entry_seed": "random_loc_seed"},
-        {"coefficients": "n_frequency_pattern"},
-        read=read_fourier,
-        write=write_fourier,
-    ),
-    Row(
-        *("RANDLORA", "randlora"),
-        {"randlora_lambda": "lambda_", "randlora_gamma": "gamma"},
-        {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"},
-        shared={"randlora_A": "A", "randlora_B": "B"},
-        constant={"save_projection": True},
-        read=read_randlora,
-        write=write_randlora,
-        share=share_randlora,
-        unshare=unshare_randlora,
-        ignored=frozenset({"randlora_A", "randlora_B"}),
-    ),
-    Row(
-        *("VBLORA", "vb_lora"),
-        {"vblora_logits_A": "a", "vblora_logits_B": "b"},
-        {"rank": "r", "k": "topk", "vectors": "num_vectors", "length": "vector_length", "dropout": "vblora_dropout"},
-        shared={"vblora_vector_bank": "bank"},
-        constant={"save_only_topk_weights": False},
-        read=read_vblora,
-        write=write_vblora,
-        optional=frozenset({"vblora_logits_A", "vblora_logits_B"}),
-        ignored=frozenset(f"vblora_logits_{side}_topk_{kind}" for side in "AB" for kind in ("indices", "weights")),
-    ),
-    Row(
-        *("SHIRA", "shira"),
-        {"shira_weight": "value"},
-        {"rank": "r"},
-        read=read_shira,
-        write=write_shira,
-        conv1d=False,
-        ignored=frozenset({"shira_indices"}),
-    ),
-    Row(
-        *("C3A", "c3a"),
-        {"c3a_kernel": "w"},
-        {"block_size": "block_size"},
-        {"block_size": "block_size_pattern"},
-        constant={"init_weights": True},
-        conv1d=False,
-    ),
-    Row(
-        *("MISS", "bat"),
-        {"miss_block": "D"},
-        {"block_size": "r"},
-        constant={"init_weights": "bat"},
-        read=read_bat,
-        conv1d=False,
-        chosen=is_bat,
-    ),
-    Row(
-        *("MISS", "miss"),
-        {"miss_block": "D"},
-        {"rank": "r", "dropout": "miss_dropout"},
-        read=read_miss,
-        write=write_miss,
-        conv1d=False,
-    ),
-    Row(
-        *("ROAD", "road"),
-        {"road_theta": "theta", "road_alpha": "alpha"},
-        {"group_size": "group_size"},
-        read=read_road,
-        write=write_road,
-        conv1d=False,
-    ),
-    Row(
-        *("HIRA", "hira"),
-        {"hira_A": "A", "hira_B": "B"},
-        {"rank": "r"},
-        read=read_hira,
-    ),
-    Row(
-        *("GRALORA", "gralora"),
-        {"gralora_A": "A", "gralora_B": "B"},
-        {"rank": "r", "alpha": "alpha", "blocks": "gralora_k", "dropout": "gralora_dropout"},
-        fixed={"hybrid_r": 0},
-        read=read_gralora,
-        write=write_gralora,
-    ),
-    Row(*("BEFT", "output_bias"), {"beft_bias": "d"}, read=read_beft, write=write_beft, conv1d=False),
-)
-"""Everything that sits on weights and is no LoRA; LoRA, prompts and plain copies have files of their own."""
-
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT")
-COPIES = ("LN_TUNING", "TRAINABLE_TOKENS")
-
-
-def row_of(config: Mapping[str, Any]) -> Row | None:
-    """The row that a PEFT config means."""
-    rows = [row for row in ROWS if row.peft == config.get("peft_type")]
-    return next((row for row in rows if row.chosen and row.chosen(config)), rows[-1] if rows else None)
-
-
-def row_for(method: str) -> Row | None:
-    """The row of one of our methods."""
-    return next((row for row in ROWS if row.method == method), None)
-
-
-def known_types() -> list[str]:
-    """Every PEFT type that is read."""
-    return sorted({"LORA", *PROMPTS, *COPIES, *(row.peft for row in ROWS)})

@@ -12,7 +12,7 @@ from trimtab.core.draw import site_at
 from trimtab.core.places import Place
 from trimtab.core.registry import find
 from trimtab.core.state import State
-from trimtab.interop.peft_table import Tensors, refuse
+from trimtab.interop.peft.row import Tensors, refuse
 from trimtab.interop.saved import Draft, SavedPart, places_by_path
 
 COPIED = ("weight", "bias")

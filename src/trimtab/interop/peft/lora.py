@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trimtab.core.errors import listing
 from trimtab.core.registry import find
 from trimtab.core.rows import Rows
-from trimtab.interop.peft_table import Layer, Tensors, refuse
+from trimtab.interop.peft.row import Layer, Tensors, refuse
 from trimtab.interop.saved import Draft, SavedPart, SavedSite
 
 UNKNOWN = {

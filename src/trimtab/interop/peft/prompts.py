@@ -13,7 +13,7 @@ from trimtab.core.places import Place, places
 from trimtab.core.registry import find
 from trimtab.core.select import select
 from trimtab.core.stack import stack_of
-from trimtab.interop.peft_table import Tensors, refuse
+from trimtab.interop.peft.row import Tensors, refuse
 from trimtab.interop.saved import Draft, SavedPart
 
 HALVES = (
