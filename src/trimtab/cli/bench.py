@@ -162,7 +162,7 @@ def recipe_of(text: str) -> Any:
 
 def parts_of(recipe: Any, model: Any) -> list[Placed]:
     """What a recipe attaches, and where."""
-    from trimtab.train.prepare import placed_parts
+    from trimtab.train.placing import placed_parts
     from trimtab.train.recipe import build_method
 
     return placed_parts(build_method(recipe), recipe.where, [], model)

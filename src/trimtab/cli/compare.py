@@ -91,7 +91,7 @@ def command(
     from trimtab.compare.contest import compare
     from trimtab.compare.setup import Setup
     from trimtab.report.contest import write
-    from trimtab.train.recipe import pairs
+    from trimtab.train.settings import pairs
 
     try:
         given = pairs(roles)

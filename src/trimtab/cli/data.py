@@ -14,7 +14,8 @@ import click
 
 from trimtab.cli.verb import Verb, columns, heading, say
 from trimtab.core.errors import UserError
-from trimtab.train.recipe import CHOICES, pairs
+from trimtab.train.recipe import CHOICES
+from trimtab.train.settings import pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -223,7 +223,7 @@ def measured(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Every metric asked for, and the answers that were scored."""
     from trimtab.data.reading import read
-    from trimtab.train.recipe import pairs
+    from trimtab.train.settings import pairs
 
     table = read(options.data)
     try:

@@ -193,7 +193,7 @@ def wanted(
 
 def own(settings: Mapping[str, Any], method: str, methods: Sequence[str]) -> dict[str, Any]:
     """The settings without those that are for another one of several methods."""
-    from trimtab.train.recipe import method_settings
+    from trimtab.train.settings import method_settings
 
     others = {key for name in methods for key in method_settings(name)} - set(method_settings(method))
     return {key: value for key, value in settings.items() if key not in others}

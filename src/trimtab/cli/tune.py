@@ -14,20 +14,8 @@ import click
 from trimtab.cli.launch import launch, without_own
 from trimtab.cli.verb import Verb, columns, duration, figure, heading, is_other_rank, say, share, size
 from trimtab.core.errors import UserError, listing, nearest
-from trimtab.train.recipe import (
-    ALIASES,
-    NAMED,
-    OPTIMIZERS,
-    Recipe,
-    factory,
-    fields,
-    method_settings,
-    read_recipe,
-    recipe_from,
-    registered_settings,
-    said_twice,
-    unfolded,
-)
+from trimtab.train.recipe import ALIASES, NAMED, OPTIMIZERS, Recipe, fields, read_recipe, recipe_from, said_twice
+from trimtab.train.settings import factory, method_settings, registered_settings, unfolded
 
 if TYPE_CHECKING:
     from trimtab.train.run import Result

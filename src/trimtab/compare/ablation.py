@@ -14,7 +14,8 @@ from trimtab.catalog import trained_values
 from trimtab.compare.setup import contestant
 from trimtab.core.errors import UserError, listing
 from trimtab.core.part import plan
-from trimtab.train.recipe import build_method, method_settings, recipe_from
+from trimtab.train.recipe import build_method, recipe_from
+from trimtab.train.settings import method_settings
 
 PLACES = ("q", "v", "q, v", "q, k, v, o", "up, down", "gate, up, down", "all-linear")
 """Where LoRA's and DoRA's papers put their factors, and where ours go by default."""

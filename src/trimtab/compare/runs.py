@@ -35,9 +35,10 @@ from trimtab.models.starters import quiet_transformers
 from trimtab.models.tasks import writing_task
 from trimtab.train import rundir
 from trimtab.train.job import Job
-from trimtab.train.prepare import encoded, label_names, prepare, task_of
+from trimtab.train.prepare import prepare
 from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter
+from trimtab.train.rows import encoded, label_names, task_of
 from trimtab.train.run import carry_out, train
 
 RESULTS, RUNS, ROWS = "results.jsonl", "runs", "rows"

@@ -17,7 +17,7 @@ from trimtab.data.forms import detect, examples
 from trimtab.data.reading import Table, read
 from trimtab.data.splitting import held_amount, share_in_use, split, take
 from trimtab.evaluate.reference import BUILT_IN
-from trimtab.train.recipe import method_settings
+from trimtab.train.settings import method_settings
 
 PARTS = ("train", "choose", "judge")
 FIRST = 0.25

@@ -22,7 +22,7 @@ from trimtab.plan.dry_run import Counted, batch_of, dry_run, prepared, rows_of
 from trimtab.plan.formulas import Estimate, Shape, estimate, trains
 from trimtab.plan.process import Room, around, passing, room
 from trimtab.train.base import format_of
-from trimtab.train.prepare import placed_parts
+from trimtab.train.placing import placed_parts
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.updates import rule_of, schedule_of
 

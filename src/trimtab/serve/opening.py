@@ -176,7 +176,7 @@ def one_format(quantize: str | None, sources: Sequence[Source]) -> tuple[Format 
     Unless `quantize` names one it is that of the runs, if they are all of one.
     """
     from trimtab.train.base import BASE, calibration, format_of
-    from trimtab.train.recipe import build_named
+    from trimtab.train.settings import build_named
 
     runs = [one.run for one in sources if one.run is not None]
     formats = [format_of(run.recipe) for run in runs]

@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 8
 
 def format_of(recipe: Recipe) -> Format | None:
     """The storage format of a recipe with its settings, None where the base stays dense."""
-    from trimtab.train.recipe import build_named
+    from trimtab.train.settings import build_named
 
     if not recipe.quantize:
         return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +11,15 @@ from torch import nn
 
 from trimtab.core.attach import attach
 from trimtab.core.delta import Delta
-from trimtab.core.errors import UserError, listing
-from trimtab.core.fisher import MEASURES
+from trimtab.core.errors import UserError
 from trimtab.core.format import Format
-from trimtab.core.method import InputMethod, Method, Placed
-from trimtab.core.part import plan
-from trimtab.core.registry import find, name_of, to_json
+from trimtab.core.method import InputMethod
+from trimtab.core.registry import to_json
 from trimtab.core.state import require_state
 from trimtab.data.batches import collate
-from trimtab.data.cache import encode_cached
 from trimtab.data.encoded import EncodedSet
-from trimtab.data.examples import Example
 from trimtab.data.forms import detect, examples
-from trimtab.data.labelled import labels_of
 from trimtab.data.reading import read
-from trimtab.data.splitting import held_amount, share_in_use, split, take
 from trimtab.engine.attention import can_pack
 from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES
@@ -38,11 +30,13 @@ from trimtab.models.fingerprints import fingerprint
 from trimtab.models.loading import Loaded
 from trimtab.models.loading import load as load_model
 from trimtab.models.starters import home
-from trimtab.models.tasks import decoder_start, writing_task
+from trimtab.models.tasks import writing_task
 from trimtab.train import base, rundir
-from trimtab.train.job import MEASURED_ROWS, Job, statistics_of
+from trimtab.train.job import Job
+from trimtab.train.placing import laid_out, measured, placed_parts, require_seen, worded
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
+from trimtab.train.rows import encoded, label_names, parts_of, task_of
 from trimtab.train.trackers import names_in
 from trimtab.train.updates import Point, ratios_of, refuse, rule_of, schedule_of
 
@@ -272,136 +266,6 @@ def hollow_of(recipe: Recipe, method: Any, ranks: Ranks) -> tuple[Loaded, Slices
         if not looks.seen
         else None
     )
-
-
-def task_of(recipe: Recipe, form: str, target: str | None) -> str:
-    """The task a recipe and the form of its data ask for."""
-    natural = "causal" if form != "labelled" else "regress" if target == "regression" else "classify"
-    if recipe.task in ("auto", natural):
-        return natural
-    if recipe.task == "seq2seq" and natural == "causal":
-        return "seq2seq"
-    raise UserError(f"task: {recipe.task} was asked for, but {recipe.data} holds {form} rows, which make {natural}")
-
-
-def parts_of(recipe: Recipe, found: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples: a file of its own, a share, or a number of rows; no prompt is in both."""
-    asked = recipe.heldout
-    if Path(asked).is_file():
-        table = read(asked)
-        heldout = examples(table, detect(table, recipe.columns or None))
-        return take(list(found), recipe.limit, recipe.seed), heldout
-    amount = share_in_use(held_amount(asked), len(found), recipe.limit, MEASURED_ROWS)
-    train, heldout = split(list(found), amount, recipe.seed)
-    return take(train, recipe.limit, recipe.seed), heldout
-
-
-def label_names(rows: Sequence[Any]) -> list[str]:
-    """The class names of labelled rows, as the encoder numbers them."""
-    return [str(label) for label in labels_of(rows)]
-
-
-def encoded(
-    recipe: Recipe, loaded: Loaded, train: Sequence[Example], heldout: Sequence[Example], reserved: int = 0
-) -> tuple[EncodedSet, EncodedSet]:
-    """Both parts as token ids; held-out rows over the limit are cut at the right rather than refused.
-
-    Of the positions a model has, those `reserved` for virtual tokens are left free.
-    """
-    if loaded.max_length and reserved and reserved + 2 > loaded.max_length:
-        raise UserError(
-            f"the method reserves {reserved} positions, and the model has {loaded.max_length}: none is left for a text",
-            fix="--length, the number of virtual tokens",
-        )
-    limit = recipe.max_length or (loaded.max_length - reserved if loaded.max_length else None)
-    settings: dict[str, Any] = {"max_length": limit, "train_on": recipe.train_on}
-    if loaded.task == "seq2seq":
-        settings["decoder_start"] = decoder_start(loaded.model.config)
-    kept = home() / "tokens"
-    train_rows = encode_cached(train, loaded.tokenizer, settings | {"truncation": recipe.truncation}, kept)
-    policy = recipe.truncation if recipe.truncation in ("error", "split") else "right"
-    settings |= {"truncation": policy, "labels": train_rows.labels}
-    return train_rows, encode_cached(heldout, loaded.tokenizer, settings, kept)
-
-
-def placed_parts(method: Any, where: str | None, new_modules: Sequence[str], model: nn.Module) -> list[Placed]:
-    """The parts to attach: the method's own, and a dense one for modules the pretrained model does not have.
-
-    A new module that the method trains whole itself (`headonly`, `full` everywhere) gets no second copy.
-    """
-    listed = [method] if isinstance(method, Method | Placed) else list(method)
-    parts = [item if isinstance(item, Placed) else Placed(item, None) for item in listed]
-    if where is not None:
-        if len(parts) > 1:
-            raise UserError("where: a preset of several parts has its own places", fix="leave `where` out")
-        parts = [Placed(parts[0].method, where)]
-    full = find("full")
-    whole = [part for part in parts if type(part.method) is full]
-    covered = {place.module for part in plan(model, whole) for place in part.places} if whole else set()
-    left = [module for module in new_modules if module not in covered]
-    return [*parts, Placed(full(), ", ".join(left))] if left else parts
-
-
-def worded(part: Placed, tokenizer: Any) -> Placed:
-    """The same part; a method that starts as a text gets its token ids, which methods cannot know."""
-    text = getattr(part.method, "text", "")
-    if not text or part.method.tokens:  # type: ignore[attr-defined]
-        return part
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return Placed(dataclasses.replace(part.method, tokens=ids), part.where)  # type: ignore[call-arg]
-
-
-def require_seen(parts: Sequence[Placed], rows: EncodedSet, model: Any) -> None:
-    """Refuse a method for some tokens, of which none occurs in what it is to learn from."""
-    table = model.get_input_embeddings()
-    for part in parts:
-        wanted = None if table is None else part.method.only_at(len(table.weight))
-        if wanted is None or set(wanted) & {token for row in rows for token in (*row.ids, *(row.source or ()))}:
-            continue
-        name, ids = name_of(type(part.method)), listing(map(str, wanted), 8)
-        raise UserError(
-            f"{name}: none of its tokens ({ids}) occurs in the training rows, so it would learn nothing",
-            fix="name tokens that do: --tokens with ids and ranges, such as 5,100:110",
-        )
-
-
-def laid_out(part: Placed, steps: int, tell: Reporter) -> Placed:
-    """The same part; a method whose schedule would not end within the run gets one that does, and says so."""
-    method = part.method.over(steps)
-    if method == part.method:
-        return part
-    now, before = to_json(method), to_json(part.method)
-    changed = listing(f"{key} {before[key]} -> {now[key]}" for key in now if now[key] != before[key])
-    tell.note(f"{type(method).__name__} in a run of {steps} steps: {changed}")
-    return Placed(method, part.where)
-
-
-def measured(
-    model: nn.Module, parts: Sequence[Placed], rows: EncodedSet, task: str, pad_id: int, tell: Reporter
-) -> dict[str, torch.Tensor]:
-    """The statistics that some methods want before they start."""
-    found: dict[str, torch.Tensor] = {}
-    for part in plan(model, [one for one in parts if one.method.statistics] or parts):
-        wanted = part.method.statistics
-        if wanted is None:
-            continue
-        device = next(model.parameters()).device
-        text = getattr(part.method, "tokens", ())
-        if text:
-            tell.stage(f"measuring the {wanted} on {len(text)} tokens")
-            found |= MEASURES[wanted](model, [alone(text, task, device)], part.where)
-            continue
-        tell.stage(f"measuring the {wanted} on {min(MEASURED_ROWS, len(rows))} rows")
-        chosen = [collate([row], pad_id) for row in rows[:MEASURED_ROWS]]
-        on_device = [{key: value.to(device) for key, value in batch.items()} for batch in chosen]
-        found |= statistics_of(model, part, on_device, task)
-    return found
-
-
-def alone(tokens: Sequence[int], task: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """A text as a batch of its own; what a decoder would write does not matter to it."""
-    ids = torch.tensor([list(tokens)], device=device)
-    return {"input_ids": ids} | ({"labels": ids} if task == "seq2seq" else {})
 
 
 def group_of(recipe: Recipe, model: nn.Module, task: str, longest: int) -> int | None:

@@ -21,7 +21,8 @@ from trimtab.core.registry import name_of
 from trimtab.core.rounded import Values
 from trimtab.core.state import Part
 from trimtab.core.transform import Transform
-from trimtab.train.recipe import Recipe, build_named
+from trimtab.train.recipe import Recipe
+from trimtab.train.settings import build_named
 
 Ratios = Mapping[str, float]
 """By the label of a part, its learning rate over that of the run; 1 where none is given."""
