@@ -6,6 +6,7 @@ import-linter (see pyproject.toml) checks who may import whom between packages; 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -113,6 +114,39 @@ def test_methods_never_import_each_other() -> None:
         for line, module in imported(path):
             if module.startswith("trimtab.methods"):
                 found.append(at(path, line, f"imports {module}"))
+    none(found)
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    known = {module_of(path): path for path in files()}
+
+    def file_of(name: str) -> str | None:
+        """The file an imported name is from: a module, or what a module defines."""
+        return next((part for part in (name, name.rpartition(".")[0]) if part in known), None)
+
+    below = {name: {file_of(found) for _, found in imported(path)} - {None, name} for name, path in known.items()}
+    left = dict(below)
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    inside = {name: needs & left.keys() for name, needs in left.items()}
+    while outer := [name for name in inside if not any(name in needs for needs in inside.values())]:
+        for name in outer:
+            del inside[name]
+    none([f"{name} -> {other}" for name, needs in sorted(inside.items()) for other in sorted(needs & inside.keys())])
+
+
+def test_the_map_of_core_is_right() -> None:
+    text = re.sub(r"\(.*?\)", "", ast.get_docstring(tree(SOURCE / "core" / "__init__.py")) or "")
+    groups = [re.findall(r"\w+", part)[1:] for part in re.split(r"\n(?=\w)", text)[1:]]
+    group = {name: at for at, names in enumerate(groups) for name in names}
+    assert sorted(group) == sorted(path.stem for path in files("core") if path.stem != "__init__")
+    found = []
+    for path in files("core"):
+        for line, module in imported(path):
+            other = (module.split(".") + [""] * 3)[2]
+            if module.startswith("trimtab.core.") and group.get(other, 0) > group.get(path.stem, 99):
+                found.append(at(path, line, f"imports {other}, which the map has further down"))
     none(found)
 
 
