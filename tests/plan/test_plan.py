@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -184,21 +183,19 @@ def test_depths_foretell_the_whole_stack(tmp_path: Path) -> None:
 def test_planning_65b_takes_seconds_and_little_memory(tmp_path: Path) -> None:
     source = large(tmp_path, "llama-65b")
     code = (
-        "import json, resource, sys, trimtab as tt\n"
+        "import json, os, resource, sys, trimtab as tt\n"
         "p = tt.plan(tt.Recipe(model=sys.argv[1], dtype='bfloat16', batch_size=1, max_length=512, where='all-linear',\n"
         "            settings={'rank': 16}, quantize='nf4-double', checkpointing='block'), fit='48GB')\n"
         "print(json.dumps([p.peak_memory_bytes, p.fits, p.memory['weights'], p.trained,\n"
-        "                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"
+        "                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, sum(os.times()[:2])]))"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, source], capture_output=True, text=True, check=True)
-    spent = time.perf_counter() - started
-    _, fits, weights, trained, resident = json.loads(done.stdout)
+    _, fits, weights, trained, resident, spent = json.loads(done.stdout)
     assert fits  # 65B in four bits with its adapters, their gradients and states: under 48 GB
     assert weights == pytest.approx(34.46e9, rel=0.01)
     assert trained == 199_884_800
     assert resident < 2e9
-    assert spent < 30  # imports of a busy machine included; under 10 on a quiet one
+    assert spent < 30  # of processor time, imports included
 
 
 @pytest.mark.slow

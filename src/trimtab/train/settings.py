@@ -1,4 +1,4 @@
-"""Names with settings as things, in the types of their defaults: methods and presets, optimizers, schedules, formats."""
+"""Names with settings as things, in the types of their defaults: methods, presets, optimizers, schedules, formats."""
 
 from __future__ import annotations
 
