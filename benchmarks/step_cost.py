@@ -1,11 +1,12 @@
-"""What a training step of DoRA, and of LoRA over NF4, costs beside LoRA's: SmolLM2-135M's shapes with random weights.
+"""What a training step of DoRA, of LoRA over NF4, and of LoRA without fast pieces or in compiled blocks costs beside
+LoRA's: SmolLM2-135M's shapes with random weights.
 
     python benchmarks/step_cost.py [--rounds 7] [--rows 2] [--length 256] [--rank 8]
 
-Copies of one model, an adapter on all linear layers of each, take steps in turns (forward, backward, AdamW) inside the
-fast pieces that `trimtab tune` uses. Writes `benchmarks/results/step_cost.json`: median seconds of each, the median of
-the ratios of neighbouring steps to LoRA's, the bits a quantized weight takes, and how many tensors of an adapted
-weight's size one step of each makes (over dense weights a LoRA needs none; NF4 is decoded layer by layer).
+Copies of one model, an adapter on all linear layers of each, take steps in turns (forward, backward, AdamW), inside the
+fast pieces that `trimtab tune` uses but for the last two. Writes `benchmarks/results/step_cost.json`: median seconds of
+each, the median of the ratios of neighbouring steps to LoRA's, the bits a quantized weight takes, and how many tensors
+of an adapted weight's size one step of each makes (over dense weights none; NF4 is decoded layer by layer).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import platform
 import statistics
 import time
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 import trimtab as tt
 from trimtab.core.quantized import quantize, quantized_modules
 from trimtab.engine.faster import faster
+from trimtab.engine.regional import compiled
 from trimtab.laws.numbers import Sizes
 
 RESULTS = Path(__file__).parent / "results" / "step_cost.json"
@@ -70,8 +73,7 @@ class Steps:
     def __call__(self) -> float:
         """Seconds of one step."""
         started = time.perf_counter()
-        with faster(self.model):
-            self.backward()
+        self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - started
@@ -100,15 +102,20 @@ def main() -> None:
             ("lora", tt.LoRA(rank=asked.rank)),
             ("dora", tt.DoRA(rank=asked.rank)),
             ("lora over nf4", tt.LoRA(rank=asked.rank), tt.NF4(double=True)),
+            ("lora without fast pieces", tt.LoRA(rank=asked.rank)),
+            ("lora in compiled blocks", tt.LoRA(rank=asked.rank)),
         )
     }
     built = {name: side.weights_built() for name, side in sides.items()}
-    for side in sides.values():
-        side()
+    ways = {"lora without fast pieces": nullcontext, "lora in compiled blocks": compiled}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(asked.rounds):
-        for name in list(sides) if turn % 2 else list(reversed(sides)):
-            seconds[name].append(sides[name]())
+    with ExitStack() as stack:
+        for name, side in sides.items():
+            stack.enter_context(ways.get(name, faster)(side.model))
+            side()
+        for turn in range(asked.rounds):
+            for name in list(sides) if turn % 2 else list(reversed(sides)):
+                seconds[name].append(sides[name]())
     ratios = {
         name: [one / lora for one, lora in zip(taken, seconds["lora"], strict=True)]
         for name, taken in seconds.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ def test_nor_does_that_of_the_model(tmp_path: Path, rows: Path, architecture: st
     assert sum(one.name.startswith("checkpointed") for one in found) == 4
 
 
+@pytest.mark.slow
+def test_compiled_blocks_are_compared_too(model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = verify(recipe(model, rows, method="lora", compile="blocks", dtype="float32"))
+    assert failed(found) == []
+    assert [one.passed for one in found if one.name == "compiled = alone"] == [True]
+
+
 def test_a_quantized_base_passes(model: Path, rows: Path) -> None:
     found = verify(recipe(model, rows, method="lora", quantize="absmax"))
     assert failed(found) == []
@@ -73,17 +81,32 @@ ROUNDED = "as the run has them, in bfloat16 = alone"
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "houlsby"])
-def test_a_model_of_half_precision_is_compared_in_float32(model: Path, rows: Path, method: str) -> None:
+def test_a_model_of_half_precision_is_compared_in_a_wide_one(model: Path, rows: Path, method: str) -> None:
     found = {one.name: one for one in verify(recipe(model, rows, method=method, dtype="bfloat16"))}
     assert failed(list(found.values())) == []
     exact = [one for name, one in found.items() if name.endswith("= alone") and name != ROUNDED]
     assert {one.bound for one in exact} == {1e-5}
-    assert max(one.measured or 0.0 for one in exact) > 0
+    assert 0 < max(one.measured or 0.0 for one in exact) < 1e-6
     assert found["merged = unmerged"].bound == (None if method == "houlsby" else 1e-4)
     rounded = found[ROUNDED]
     assert rounded.measured is not None
     assert rounded.bound is not None
     assert 1e-4 < rounded.measured <= rounded.bound < 0.5
+
+
+def test_rounding_larger_than_the_bound_is_no_fault(model: Path, rows: Path, tmp_path: Path) -> None:
+    """As in SmolLM2, whose gradients in float32 are off by 6e-5 of themselves, row by row."""
+    from safetensors.torch import load_file, save_file
+
+    steep = shutil.copytree(model, tmp_path / "steep")
+    weights = load_file(steep / "model.safetensors")
+    weights = {name: value * (100 if "q_proj" in name or "k_proj" in name else 1) for name, value in weights.items()}
+    save_file(weights, steep / "model.safetensors", {"format": "pt"})
+    found = {one.name: one for one in verify(recipe(steep, rows, method="lora", dtype="float32"))}
+    assert failed(list(found.values())) == []
+    rounded = found["as the run has them, in float32 = alone"]
+    assert rounded.measured is not None
+    assert rounded.measured > 1e-5
 
 
 def test_without_room_for_that_its_own_rounding_is_the_bound(
@@ -158,12 +181,12 @@ def wrong_merge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpointing that changes the gradients."""
-    plain = module.checkpointed
+    plain = module.in_training
 
-    def doubled(job: Any, parts: Any, policy: str) -> Any:
-        return {name: 2 * value for name, value in plain(job, parts, policy).items()}
+    def doubled(*given: Any, **more: Any) -> Any:
+        return {name: 2 * value for name, value in plain(*given, **more).items()}
 
-    monkeypatch.setattr(module, "checkpointed", doubled)
+    monkeypatch.setattr(module, "in_training", doubled)
 
 
 @pytest.mark.parametrize(

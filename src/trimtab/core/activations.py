@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
+from trimtab.core.modes import evaluating
 from trimtab.core.select import select
 from trimtab.core.site import Site
 
@@ -43,20 +44,18 @@ def activations(
         model.get_submodule(path).register_forward_hook(lambda module, args, output, path=path: note(path, output))
         for path in found
     ]
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            real[0] = mask.bool() if mask is not None else None
-            with torch.no_grad():
-                model(**batch) if loss is None else loss(model, batch)
-            if all(sum(map(len, parts)) >= FIRST for parts in found.values()):
-                break
+        with evaluating(model):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                real[0] = mask.bool() if mask is not None else None
+                with torch.no_grad():
+                    model(**batch) if loss is None else loss(model, batch)
+                if all(sum(map(len, parts)) >= FIRST for parts in found.values()):
+                    break
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     silent = [path for path, parts in found.items() if not parts]
     if silent:
         raise UserError(f"activations: nothing came out of {listing(silent, 4)}", fix="pass some training rows")

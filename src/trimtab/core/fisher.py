@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trimtab.core.activations import activations
 from trimtab.core.errors import UserError, listing
 from trimtab.core.hosts import is_raw, raw_weight
+from trimtab.core.modes import evaluating
 from trimtab.core.places import Place
 from trimtab.core.select import select
 from trimtab.core.site import is_conv1d
@@ -37,13 +38,8 @@ def hardest_fisher(
 ) -> dict[str, Tensor]:
     """`fisher` of the rows with the highest loss: a tenth of them, at least 3 and at most 25; arXiv 2311.03748."""
     rows = [row for batch in batches for row in rows_of(batch)]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            losses = [float(model(**row).loss if loss is None else loss(model, row)) for row in rows]
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        losses = [float(model(**row).loss if loss is None else loss(model, row)) for row in rows]
     count = min(max(len(rows) // 10, 3), 25)
     hardest = sorted(range(len(rows)), key=lambda n: (-losses[n], n))[:count]
     return fisher(model, [rows[n] for n in hardest], where, loss=loss)
@@ -75,23 +71,22 @@ def summed(
     chosen = {id(parameter): parameter for _, parameter, _ in owners}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     sums = {key: torch.zeros_like(parameter, dtype=torch.float32) for key, parameter in chosen.items()}
-    training, seen = model.training, 0
-    model.eval()
+    seen = 0
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in chosen)
-        for batch in batches:
-            with torch.enable_grad():
-                value = model(**batch).loss if loss is None else loss(model, batch)
-            grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
-            for key, grad in zip(chosen, grads, strict=True):
-                if grad is not None:
-                    add(sums[key], grad.float())
-            seen += 1
+        with evaluating(model):
+            for parameter, _ in flags:
+                parameter.requires_grad_(id(parameter) in chosen)
+            for batch in batches:
+                with torch.enable_grad():
+                    value = model(**batch).loss if loss is None else loss(model, batch)
+                grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True)
+                for key, grad in zip(chosen, grads, strict=True):
+                    if grad is not None:
+                        add(sums[key], grad.float())
+                seen += 1
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        model.train(training)
     if not seen:
         raise UserError(f"{verb}: no batch was given", fix="pass some hundreds of training rows")
     return {place.name: canonical(sums[id(parameter)], place, turn) for place, parameter, turn in owners}
@@ -130,19 +125,17 @@ def covariance(
         model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: note(path, args))
         for path in paths
     ]
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            fresh.clear()
-            mask = batch.get("attention_mask")
-            real[0] = mask.bool() if mask is not None else None
-            with torch.no_grad():
-                model(**batch) if loss is None else loss(model, batch)
+        with evaluating(model):
+            for batch in batches:
+                fresh.clear()
+                mask = batch.get("attention_mask")
+                real[0] = mask.bool() if mask is not None else None
+                with torch.no_grad():
+                    model(**batch) if loss is None else loss(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     silent = [path for path in paths if not counts.get(owner.get(path, path))]
     if silent:
         raise UserError(f"covariance: no input of {listing(silent, 4)} was seen", fix="pass some training rows")

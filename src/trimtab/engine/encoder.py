@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.core.modes import evaluating
 from trimtab.core.select import select
 from trimtab.data.batches import collate
 from trimtab.data.encoded import Encoded
 from trimtab.data.packing import bag
 from trimtab.engine.attention import plain_attention, reads_positions, segments_in
-from trimtab.engine.precision import in_float32, room_for_float32
+from trimtab.engine.precision import computing_in, room_for
 
 EXACT = 1e-4
 """Largest difference of packed and padded outputs, relative to the largest output."""
@@ -64,20 +65,18 @@ def candidates(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def exact(model: Any, seam: Seam, rows: Sequence[Encoded], pad_id: int) -> bool:
     """Whether packed rows give the outputs of padded ones."""
-    if not room_for_float32(model):
+    if not room_for(model):
         return False
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
     try:
-        batch = {key: value.to(device) for key, value in collate(rows, pad_id).items() if key != "labels"}
-        with in_float32(model):
-            padded = model(**batch).logits
-            with segments_in(model), first_tokens(model, seam):
-                packed = outputs(model, bag(rows, seam.first_position).to(device))
+        with evaluating(model):
+            batch = {key: value.to(device) for key, value in collate(rows, pad_id).items() if key != "labels"}
+            with computing_in(model):
+                padded = model(**batch).logits
+                with segments_in(model), first_tokens(model, seam):
+                    packed = outputs(model, bag(rows, seam.first_position).to(device))
     except (UserError, TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False  # a method may refuse what packing puts in place of torch's attention
-    finally:
-        model.train(training)
     if packed.shape != padded.shape:
         return False
     return bool((packed - padded).abs().max() <= EXACT * padded.abs().max())

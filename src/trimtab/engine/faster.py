@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.core.frozen import frozen_product, frozen_weight
 from trimtab.core.mapped import align
+from trimtab.core.modes import evaluating
 from trimtab.core.product import LARGE
 from trimtab.core.scratch import release
 from trimtab.core.site import LinearBase
@@ -24,6 +25,7 @@ from trimtab.engine.attention import segments_in
 from trimtab.engine.checkpointing import checkpointing
 from trimtab.engine.encoder import Seam, first_tokens
 from trimtab.engine.kernels import GATES, gated, gated_product, rms_norm
+from trimtab.engine.regional import compiled
 from trimtab.engine.remembered import few_shapes_remembered
 from trimtab.engine.rotary import turning
 from trimtab.engine.shifted_attention import shifted_in
@@ -64,12 +66,18 @@ def running(
     pieces: tuple[str, ...] = PIECES,
     policy: str = "off",
     group: int | None = None,
+    compile: str = "off",
 ) -> Iterator[None]:
-    """What a model is trained and measured in: attention for packed rows or in shifted groups, fast pieces,
-    checkpointing."""
+    """What a model is trained and measured in: attention for packed rows or in shifted groups, fast pieces, compiled
+    blocks, checkpointing."""
     few_shapes_remembered()
     attention = shifted_in(model, group) if group else segments_in(model) if packed else nullcontext()
-    with attention, first_tokens(model, seam), faster(model, pieces), checkpointing(model, policy):
+    with ExitStack() as stack:
+        stack.enter_context(attention)
+        stack.enter_context(first_tokens(model, seam))
+        stack.enter_context(faster(model, pieces))
+        stack.enter_context(compiled(model, compile))
+        stack.enter_context(checkpointing(model, policy))
         yield
 
 
@@ -160,14 +168,11 @@ def same(module: nn.Module, fast: Any, width: int, like: Tensor) -> bool:
     """Whether both give the same on a few numbers, spread widely enough to tell activations apart."""
     kind = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     x = torch.linspace(-3, 3, 2 * width, device=like.device).sin().mul(2).view(1, 2, width).to(kind)
-    training = module.training
-    module.eval()
     try:
-        ours, theirs = fast(x), module(x)
+        with evaluating(module):
+            ours, theirs = fast(x), module(x)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
-    finally:
-        module.train(training)
     if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         return False
     apart, size = (ours - theirs).abs().double(), theirs.abs().double().max().clamp(min=1e-6)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.core.errors import UserError
 from trimtab.core.frozen import frozen_weight
+from trimtab.core.modes import evaluating
 from trimtab.core.product import product
 from trimtab.core.site import LinearBase
 from trimtab.core.stack import packed_prompts, prompts
@@ -221,16 +222,14 @@ def tried(model: nn.Module) -> bool:
         return False
     given: list[Tensor] = []
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     handle = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     try:
-        logits = model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False).logits
+        with evaluating(model):
+            logits = model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False).logits
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
     finally:
         handle.remove()
-        model.train(training)
     return len(given) == 1 and logits.shape[:2] == given[0].shape[:2] and torch.equal(head(given[0]), logits)
 
 

@@ -1,4 +1,4 @@
-"""A model of half precision computing in float32 for a while, where rounding would hide what is asked."""
+"""A model computing in a wider floating type for a while, where its own rounding would hide what is asked."""
 
 from __future__ import annotations
 
@@ -12,44 +12,50 @@ from trimtab.core.code import Code
 from trimtab.core.machine import host_memory
 
 
-def narrow_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers of two bytes an entry or fewer; not those of codes, which decode to a dtype of theirs."""
+def narrow_tensors(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Parameters and buffers of a floating type narrower than `dtype`; not those of codes, which have one of theirs."""
     modules = [module for module in model.modules() if not isinstance(module, Code)]
     own = {id(one): one for module in modules for one in (*module._parameters.values(), *module._buffers.values())}
-    return [one for one in own.values() if one is not None and one.is_floating_point() and one.element_size() < 4]
+    floating = [one for one in own.values() if one is not None and one.is_floating_point()]
+    return [one for one in floating if one.element_size() < dtype.itemsize]
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """The model computes in float32 inside, with the numbers it has; then its tensors are the very same again.
+def computing_in(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """The model computes in `dtype` inside, with the numbers it has; then its tensors are the very same again.
 
-    Costs four bytes an entry beside the model.
+    Costs a copy in `dtype` beside the model.
     """
-    narrow = narrow_tensors(model)
+    narrow = narrow_tensors(model, dtype)
     kept = [one.data for one in narrow]
-    codes = {code: code.dtype for code in model.modules() if isinstance(code, Code) and code.dtype.itemsize < 4}
+    codes = {one: one.dtype for one in model.modules() if isinstance(one, Code) and one.dtype.itemsize < dtype.itemsize}
     try:
         for one in narrow:
-            one.data = one.data.float()
+            one.data = one.data.to(dtype)
         for code in codes:
-            code.to(torch.float32)
+            code.to(dtype)
         yield
     finally:
         for one, data in zip(narrow, kept, strict=True):
             one.data = data
-        for code, dtype in codes.items():
-            code.to(dtype)
+        for code, own in codes.items():
+            code.to(own)
 
 
 def exactly(model: nn.Module) -> AbstractContextManager[None]:
-    """`in_float32` where there is room for that, else nothing."""
-    return in_float32(model) if room_for_float32(model) else nullcontext()
+    """`computing_in` float32 where there is room for that, else nothing."""
+    return computing_in(model) if room_for(model) else nullcontext()
 
 
-def room_for_float32(model: nn.Module) -> bool:
-    """Whether a copy in float32 takes no more than half of an accelerator's free memory, or a quarter of the host's."""
-    narrow = narrow_tensors(model)
-    wanted = sum(4 * one.numel() for one in narrow)
-    if not narrow or narrow[0].device.type != "cuda":
+def room_for(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the device has the type, and a copy in it takes no more than half of an accelerator's free memory, or a
+    quarter of the host's."""
+    narrow = narrow_tensors(model, dtype)
+    if not narrow:
+        return True
+    device, wanted = narrow[0].device, sum(dtype.itemsize * one.numel() for one in narrow)
+    if device.type == "mps" and dtype == torch.float64:
+        return False
+    if device.type != "cuda":
         return wanted <= host_memory() / 4
-    return wanted <= torch.cuda.mem_get_info(narrow[0].device)[0] / 2
+    return wanted <= torch.cuda.mem_get_info(device)[0] / 2

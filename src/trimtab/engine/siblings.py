@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trimtab.core.deltas import Deltas
 from trimtab.core.frozen import frozen_weight, low_rank_products
 from trimtab.core.low_rank import LowRank
+from trimtab.core.modes import evaluating
 from trimtab.core.product import Panel
 from trimtab.core.site import LinearBase
 from trimtab.core.swap import swap, unswap
@@ -113,14 +114,12 @@ def siblings_in(model: nn.Module) -> list[list[str]]:
     hooks, linears = [], [(path, one) for path, one in model.named_modules() if isinstance(one, nn.Linear)]
     for path, module in linears:
         hooks.append(module.register_forward_pre_hook(lambda _, args, path=path: seen.append((path, args[0]))))
-    training = model.training
-    model.eval()
     try:
-        model(input_ids=torch.tensor([[1, 2, 3]], device=next(model.parameters()).device))
+        with evaluating(model):
+            model(input_ids=torch.tensor([[1, 2, 3]], device=next(model.parameters()).device))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return []
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     found: dict[tuple[str, int], list[str]] = {}

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError
+from trimtab.core.modes import evaluating
 from trimtab.data.encode import encode_all
 from trimtab.data.examples import PromptCompletion
-from trimtab.evaluate.generate import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing
+from trimtab.core.modes import evaluating
 from trimtab.data.encode import encode
 from trimtab.data.examples import PromptCompletion
 
@@ -271,14 +271,3 @@ def check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: in
     problems += [f"prompt {number} has {len(ids)} tokens" for number, ids in enumerate(prompts, 1) if len(ids) >= room]
     if problems:
         raise UserError(f"generate: the model takes {room} tokens at most: {listing(problems, 5)}", fix="shorten them")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no dropout) while inside."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from trimtab.core.modes import evaluating
 from trimtab.data.batches import batches, collate
 from trimtab.data.encoded import Encoded
 from trimtab.evaluate.loss import pearson
@@ -18,16 +19,15 @@ def labelled_scores(
     model: nn.Module, rows: Sequence[Encoded], task: str, pad_id: int, batch_size: int
 ) -> dict[str, float]:
     """f1 (of the second of two classes, else the mean over classes) and matthews; or pearson and spearman."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    found: list[tuple[float, float]] = []
-    for group in batches(rows, batch_size, 0, 0, shuffle=False, by_length=True):
-        chosen = [rows[index] for index in group]
-        batch = {key: value.to(device) for key, value in collate(chosen, pad_id).items() if key != "labels"}
-        logits = model(**batch).logits
-        guesses = logits.squeeze(-1).tolist() if task == "regress" else logits.argmax(-1).tolist()
-        found += [(float(guess), float(row.label or 0)) for guess, row in zip(guesses, chosen, strict=True)]
-    model.train(training)
+    device = next(model.parameters()).device
+    with evaluating(model):
+        found: list[tuple[float, float]] = []
+        for group in batches(rows, batch_size, 0, 0, shuffle=False, by_length=True):
+            chosen = [rows[index] for index in group]
+            batch = {key: value.to(device) for key, value in collate(chosen, pad_id).items() if key != "labels"}
+            logits = model(**batch).logits
+            guesses = logits.squeeze(-1).tolist() if task == "regress" else logits.argmax(-1).tolist()
+            found += [(float(guess), float(row.label or 0)) for guess, row in zip(guesses, chosen, strict=True)]
     if task == "regress":
         return {"pearson": pearson(found), "spearman": spearman(found)}
     guesses, labels = [int(one) for one, _ in found], [int(one) for _, one in found]

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.core.errors import UserError, listing, nearest
+from trimtab.core.modes import evaluating
 from trimtab.core.stack import prompts
 from trimtab.data.batches import IGNORED
 from trimtab.engine.loss import CHUNK, ends_with_head, only_positions
 from trimtab.evaluate.choices import padded
-from trimtab.evaluate.generate import evaluating, generate, room_of
+from trimtab.evaluate.generate import generate, room_of
 
 ANSWER = 256
 """Tokens of an answer where a task does not say."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.core.modes import evaluating
 from trimtab.data.batches import batches, collate
 from trimtab.data.encoded import Encoded
 from trimtab.engine.loss import Batch, loss_sum, on, terms_of
@@ -37,30 +38,28 @@ def evaluate(
     """
     device = next(model.parameters()).device
     together = together or partial(collate, pad_id=pad_id)
-    training = model.training
-    model.eval()
-    total, terms, right = 0.0, 0, 0
-    pairs: list[tuple[float, float]] = []
-    done = 0
-    groups = batches(rows, batch_size, 0, 0, shuffle=False, by_length=True)
-    for at in range(0, len(groups), ranks.size):
-        group = groups[min(at + ranks.rank, len(groups) - 1)]  # all run as many: sharded weights need all of them
-        chosen = [rows[index] for index in group]
-        batch = on(together(chosen), device)
-        summed, outputs = loss_sum(model, batch, task)
-        if at + ranks.rank >= len(groups):
-            continue
-        total += float(summed)
-        terms += terms_of(batch)
-        if task == "classify":
-            labels = torch.tensor([one.label for one in chosen], device=device)
-            right += int((outputs.argmax(-1) == labels).sum())
-        elif task == "regress":
-            pairs += zip(outputs.tolist(), (float(one.label or 0) for one in chosen), strict=True)
-        done += len(group)
-        if progress is not None:
-            progress(done, len(rows))
-    model.train(training)
+    with evaluating(model):
+        total, terms, right = 0.0, 0, 0
+        pairs: list[tuple[float, float]] = []
+        done = 0
+        groups = batches(rows, batch_size, 0, 0, shuffle=False, by_length=True)
+        for at in range(0, len(groups), ranks.size):
+            group = groups[min(at + ranks.rank, len(groups) - 1)]  # all run as many: sharded weights need all of them
+            chosen = [rows[index] for index in group]
+            batch = on(together(chosen), device)
+            summed, outputs = loss_sum(model, batch, task)
+            if at + ranks.rank >= len(groups):
+                continue
+            total += float(summed)
+            terms += terms_of(batch)
+            if task == "classify":
+                labels = torch.tensor([one.label for one in chosen], device=device)
+                right += int((outputs.argmax(-1) == labels).sum())
+            elif task == "regress":
+                pairs += zip(outputs.tolist(), (float(one.label or 0) for one in chosen), strict=True)
+            done += len(group)
+            if progress is not None:
+                progress(done, len(rows))
     total, terms, right = ranks.total(total), ranks.total(terms), ranks.total(right)
     pairs = [(x, y) for x, y in ranks.listed(pairs)]
     loss = total / max(1, terms)

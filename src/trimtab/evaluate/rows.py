@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.core.modes import evaluating
 from trimtab.core.stack import prompts
 from trimtab.data.batches import IGNORED, batches, collate
 from trimtab.data.encoded import Encoded
@@ -50,26 +51,24 @@ def each_row(
     causal and seq2seq: Σ −log p(token) over the row's trained tokens; classify: −log p(class); regress: (y − ŷ)².
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    losses, terms, right = [0.0] * len(rows), [0] * len(rows), [0.0] * len(rows)
-    done = 0
-    for group in batches(rows, batch_size, 0, 0, shuffle=False, by_length=True):
-        batch = {key: value.to(device) for key, value in collate([rows[index] for index in group], pad_id).items()}
-        inputs, labels = {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-        if task in ("causal", "seq2seq"):
-            summed, counts = token_losses(model, inputs, labels)
-        else:
-            summed, hit = labelled(model(**inputs).logits, labels, task)
-            counts = torch.ones_like(summed, dtype=torch.long)
-        for place, index in enumerate(group):
-            losses[index], terms[index] = float(summed[place]), int(counts[place])
-            if task == "classify":
-                right[index] = float(hit[place])
-        done += len(group)
-        if progress is not None:
-            progress(done, len(rows))
-    model.train(training)
+    with evaluating(model):
+        losses, terms, right = [0.0] * len(rows), [0] * len(rows), [0.0] * len(rows)
+        done = 0
+        for group in batches(rows, batch_size, 0, 0, shuffle=False, by_length=True):
+            batch = {key: value.to(device) for key, value in collate([rows[index] for index in group], pad_id).items()}
+            inputs, labels = {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+            if task in ("causal", "seq2seq"):
+                summed, counts = token_losses(model, inputs, labels)
+            else:
+                summed, hit = labelled(model(**inputs).logits, labels, task)
+                counts = torch.ones_like(summed, dtype=torch.long)
+            for place, index in enumerate(group):
+                losses[index], terms[index] = float(summed[place]), int(counts[place])
+                if task == "classify":
+                    right[index] = float(hit[place])
+            done += len(group)
+            if progress is not None:
+                progress(done, len(rows))
     return RowScores(losses, terms, right if task == "classify" else None)
 
 

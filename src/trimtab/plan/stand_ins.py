@@ -15,6 +15,7 @@ from torch.fx.experimental import _config as experimental
 from trimtab.core import code, scratch
 from trimtab.core.attention import attention as through_edits
 from trimtab.core.format import Format
+from trimtab.core.modes import evaluating
 from trimtab.core.swap import swap_alike
 from trimtab.engine.faster import quick_gate, quick_norm
 from trimtab.engine.loss import Batch
@@ -85,15 +86,13 @@ def hands_on_logits(model: Any) -> bool:
         return False
     made: list[Tensor] = []
     handle = head.register_forward_hook(lambda module, args, output: made.append(output))
-    training = model.training
-    model.eval()
     try:
-        logits = model(input_ids=torch.tensor([[1, 2, 3]], device="meta"), use_cache=False).logits
+        with evaluating(model):
+            logits = model(input_ids=torch.tensor([[1, 2, 3]], device="meta"), use_cache=False).logits
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
     finally:
         handle.remove()
-        model.train(training)
     return len(made) == 1 and logits is made[0]
 
 

@@ -94,9 +94,10 @@ class Job:
     @contextmanager
     def running(self) -> Iterator[None]:
         """What the model is trained and measured in."""
-        packed, policy = self.packing != "off", self.recipe.checkpointing
+        packed, policy, compile = self.packing != "off", self.recipe.checkpointing, self.recipe.compile
         heap = heap_kept() if self.device.type == "cpu" and self.recipe.shard == "none" else nullcontext()
-        parts = running(self.model, packed=packed, seam=self.seam, pieces=self.pieces, policy=policy, group=self.group)
+        how: dict[str, Any] = {"pieces": self.pieces, "policy": policy, "group": self.group, "compile": compile}
+        parts = running(self.model, packed=packed, seam=self.seam, **how)
         with heap, parts:
             yield
 

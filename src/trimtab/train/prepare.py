@@ -283,6 +283,8 @@ def pieces_of(recipe: Recipe, ranks: Ranks) -> tuple[str, ...]:
     """The fast pieces of a run. Several processes share the pages of a mapped file, and keep sharing them."""
     if not recipe.faster or recipe.shard != "none":
         return ()
+    if recipe.compile != "off":
+        return ("aligned",) if ranks.size == 1 else ()
     return PIECES if ranks.size == 1 else tuple(one for one in PIECES if one != "aligned")
 
 

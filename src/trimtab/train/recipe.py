@@ -94,6 +94,11 @@ class Recipe:
         "off", "Recompute activations in backward: off, block, sqrt, selective or offload.", "training"
     )
     faster: bool = option(True, "Use the fast versions of norms and gates, where a trial shows them equal.", "training")
+    compile: str = option(
+        "off",
+        "Compile the blocks with torch.compile in place of the fast versions: off or blocks.",
+        "training",
+    )
     evaluate_every: int | None = option(
         None, "Measure the held-out loss after this many steps, and keep the adapter of the lowest.", "training"
     )
@@ -161,6 +166,7 @@ ALIASES = {
     "warmup_ratio": "warmup",
     "max_grad_norm": "clip",
     "gradient_checkpointing": "checkpointing",
+    "torch_compile": "compile",
     "val_set_size": "heldout",
     "val_size": "heldout",
     "eval_file": "heldout",
@@ -176,6 +182,7 @@ CHOICES = {
     "packing": ("auto", "shared", "plain", "off"),
     "attention": ("auto", "full", "shifted"),
     "checkpointing": ("off", "block", "sqrt", "selective", "offload"),
+    "compile": ("off", "blocks"),
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "shard": ("none", "full", "hybrid"),
@@ -199,8 +206,10 @@ OPTIMIZERS = {
 }
 """Optimizers as other tools call them."""
 
-SWITCHED = {"true": "block", "false": "off", "yes": "block", "no": "off", "1": "block", "0": "off"}
-"""Checkpointing as other tools switch it."""
+YES = ("true", "yes", "1")
+YES_OR_NO = (*YES, "false", "no", "0")
+SWITCHED = {"checkpointing": ("off", "block"), "compile": ("off", "blocks")}
+"""What other tools switch off and on."""
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
@@ -304,8 +313,8 @@ def named_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 def converted(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     """A value in the type of its field, from YAML's types or from a flag's text."""
     kind = str(spec.type).removesuffix(" | None")
-    if name == "checkpointing" and str(value).lower() in SWITCHED:
-        value = SWITCHED[str(value).lower()]
+    if name in SWITCHED and str(value).lower() in YES_OR_NO:
+        value = SWITCHED[name][str(value).lower() in YES]
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{value!r} is not one of {listing(CHOICES[name])}")
     if name == "where" and isinstance(value, list | tuple):
@@ -318,9 +327,9 @@ def converted(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
             raise ValueError(f"{value!r} is not a {'whole ' if kind == 'int' else ''}number of at least 0")
         return int(number) if kind == "int" else number
     if kind == "bool":
-        if str(value).lower() not in ("true", "false", "yes", "no", "1", "0"):
+        if str(value).lower() not in YES_OR_NO:
             raise ValueError(f"{value!r} is not true or false")
-        return str(value).lower() in ("true", "yes", "1")
+        return str(value).lower() in YES
     return str(value)
 
 

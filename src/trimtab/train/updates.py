@@ -296,6 +296,27 @@ REFUSALS = (
         "shard: none, or a method that measures once before it starts (fish_mask)",
         lambda at: at.sharded and at.measures_again(),
     ),
+    Refusal(
+        "compile",
+        "shard",
+        "blocks that gather their weights and drop them again are no fixed program",
+        "compile: off",
+        lambda at: at.recipe.compile != "off" and at.sharded,
+    ),
+    Refusal(
+        "compile",
+        "checkpointing: selective",
+        "what is kept is chosen among the operators that run, and compiled code runs none",
+        "checkpointing: block",
+        lambda at: at.recipe.compile != "off" and at.recipe.checkpointing == "selective",
+    ),
+    Refusal(
+        "compile",
+        "a method that cannot be compiled (full_int8)",
+        "its codes change behind the tensor that a program holds",
+        "compile: off",
+        lambda at: at.recipe.compile != "off" and any("compiles" in one.laws for one in at.methods),
+    ),
 )
 """Every pair that is refused before training, as data: `markdown()` is the table of it."""
 

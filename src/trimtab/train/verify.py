@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,14 +33,14 @@ from trimtab.engine.attention import can_pack, edited_ends
 from trimtab.engine.checkpointing import POLICIES, checkpointing
 from trimtab.engine.faster import running
 from trimtab.engine.loss import loss_sum, on, terms_of
-from trimtab.engine.precision import exactly, in_float32, narrow_tensors, room_for_float32
+from trimtab.engine.precision import computing_in, exactly, narrow_tensors, room_for
 from trimtab.train.job import Job
 from trimtab.train.prepare import prepare
 from trimtab.train.recipe import Recipe
 from trimtab.train.reporter import Reporter
 
-BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Largest difference of a gradient relative to its largest entry; anything coarser gets `COARSE` roundings."""
+BOUND = 1e-5
+"""Largest difference of a gradient relative to its largest entry; in a half precision it is `COARSE` roundings."""
 COARSE, SUMMED = 8, 32
 """Roundings of a gradient; of one that sums over many tokens at once, as a packed step's do, against row after row."""
 SMALL = 1e-2
@@ -84,24 +85,29 @@ def verify(recipe: Recipe, rows: int = 7, reporter: Reporter | None = None) -> l
 def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
     """Every way of putting the same rows through the model against each row alone.
 
-    A model of half precision is compared in float32, where there is room for that; then once more at its own, where
-    each row alone is off by its rounding, and the run may be off by twice as much.
+    They are compared in float64, or in float32 where there is no room for that: a deep model's own rounding is larger
+    than a fault may be. Then once more as the run computes, where each row alone is off by its rounding, and the run
+    may be off by twice as much.
     """
-    if not narrow_tensors(job.model) or not room_for_float32(job.model):
+    wide = next((dtype for dtype in (torch.float64, torch.float32) if room_for(job.model, dtype)), None)
+    narrow = [] if wide is None else narrow_tensors(job.model, wide)
+    if wide is None or not narrow:
         return ways_of(job, rows)[0]
-    with in_float32(job.model):
+    with computing_in(job.model, wide):
         found, exact = ways_of(job, rows)
     rounded = gradients(job, [padded(job, [row]) for row in rows])
-    kind = str(next(one.dtype for one in narrow_tensors(job.model))).removeprefix("torch.")
-    bound = max(SUMMED * torch.finfo(getattr(torch, kind)).eps, 2 * difference(rounded, exact)[0])
-    apart, worst = difference(gradients(job, [job.together(rows)], job.pieces), rounded)
-    return [*found, Check(f"as the run has them, in {kind} = alone", apart <= bound, apart, bound, worst)]
+    kind = min((one.dtype for one in narrow), key=lambda dtype: dtype.itemsize)
+    bound = max(SUMMED * torch.finfo(kind).eps, 2 * difference(rounded, exact)[0])
+    run = in_training(job, [job.together(rows)], pieces=job.pieces, compile=job.recipe.compile)
+    apart, worst = difference(run, rounded)
+    name = f"as the run has them, in {str(kind).removeprefix('torch.')} = alone"
+    return [*found, Check(name, apart <= bound, apart, bound, worst)]
 
 
 def ways_of(job: Job, rows: Sequence[Encoded]) -> tuple[list[Check], dict[str, Tensor]]:
     """A check for every way, and the gradients of each row alone."""
     kind = next(parameter.dtype for parameter in job.model.parameters() if parameter.is_floating_point())
-    bound = BOUNDS.get(kind, COARSE * torch.finfo(kind).eps)
+    bound = max(BOUND, COARSE * torch.finfo(kind).eps)
     alone = gradients(job, [padded(job, [row]) for row in rows])
     third = -(-len(rows) // 3)
     parts = [rows[at : at + third] for at in range(0, len(rows), third)]
@@ -124,7 +130,10 @@ def ways_of(job: Job, rows: Sequence[Encoded]) -> tuple[list[Check], dict[str, T
     else:
         ways["fast pieces = alone"] = lambda: gradients(job, [padded(job, rows)], job.pieces)
     for policy in POLICIES[1:]:
-        ways[f"checkpointed ({policy}) = alone"] = partial(checkpointed, job, [padded(job, rows)], policy)
+        again = partial(checkpointing, job.model, policy)
+        ways[f"checkpointed ({policy}) = alone"] = partial(in_training, job, [padded(job, rows)], again)
+    if job.recipe.compile != "off":
+        ways["compiled = alone"] = partial(in_training, job, [job.together(rows)], compile=job.recipe.compile)
     found = []
     for name, way in ways.items():
         try:
@@ -145,21 +154,27 @@ def padded(job: Job, rows: Sequence[Encoded]) -> dict[str, Tensor]:
     return batch
 
 
-def gradients(job: Job, parts: Sequence[Any], pieces: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def gradients(job: Job, parts: Sequence[Any], pieces: tuple[str, ...] = (), compile: str = "off") -> dict[str, Tensor]:
     """Gradients of the loss over all trained terms of these batches together."""
     model, terms = job.model, sum(terms_of(part) for part in parts)
     model.zero_grad(set_to_none=True)
     for part in parts:
         packed = not isinstance(part, dict)
-        with running(model, packed=packed, seam=job.seam if packed else None, pieces=pieces):
+        with running(model, packed=packed, seam=job.seam if packed else None, pieces=pieces, compile=compile):
             (loss_sum(model, on(part, job.device), job.task)[0] / terms).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
 
 
-def checkpointed(job: Job, parts: Sequence[Any], policy: str) -> dict[str, Tensor]:
-    """Gradients with activations made again in backward; training, but without dropout."""
+def in_training(
+    job: Job,
+    parts: Sequence[Any],
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    pieces: tuple[str, ...] = (),
+    compile: str = "off",
+) -> dict[str, Tensor]:
+    """Gradients of a model in training, checkpointed or compiled, but without dropout."""
     model = job.model.train()
     rates = [(one, name) for one in model.modules() for name, value in vars(one).items() if drops(one, name, value)]
     before = [getattr(one, name) for one, name in rates]
@@ -169,8 +184,8 @@ def checkpointed(job: Job, parts: Sequence[Any], policy: str) -> dict[str, Tenso
         if isinstance(one, Delta):
             one.eval()
     try:
-        with checkpointing(model, policy):
-            return gradients(job, parts)
+        with within():
+            return gradients(job, parts, pieces, compile)
     finally:
         for (one, name), rate in zip(rates, before, strict=True):
             setattr(one, name, rate)
@@ -275,7 +290,7 @@ def endings(job: Job, rows: Sequence[Encoded], before: str, folder: Path) -> lis
         real = batch["labels"] != IGNORED if job.task == "seq2seq" else inputs["attention_mask"].bool()
         apart, size = apart[real], size[real]
     measured = float(apart.max() / size.max())
-    bound = 10 * BOUNDS.get(kind, COARSE * torch.finfo(kind).eps)
+    bound = 10 * max(BOUND, COARSE * torch.finfo(kind).eps)
     return [*found, Check("merged = unmerged", measured <= bound, measured, bound, "logits")]
 
 
