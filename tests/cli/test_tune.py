@@ -109,19 +109,21 @@ def test_names_other_tools_use_are_flags_too(trimtab: Run, asked: list[Recipe]) 
         "--num-train-epochs",
         "2",
         "--gradient_checkpointing",
+        "--torch_compile",
         "--per_device_train_batch_size",
         "3",
     )
     (recipe,) = asked
     assert (recipe.model, recipe.data, dict(recipe.settings)) == ("m", "d", {"rank": "4", "alpha": "8"})
-    assert (recipe.learning_rate, recipe.epochs, recipe.checkpointing, recipe.batch_size) == (1e-3, 2.0, "block", 3)
+    assert (recipe.learning_rate, recipe.epochs, recipe.batch_size) == (1e-3, 2.0, 3)
+    assert (recipe.checkpointing, recipe.compile) == ("block", "blocks")
 
 
 def test_every_alias_is_known_to_the_command_line(trimtab: Run, asked: list[Recipe]) -> None:
     for alias, name in ALIASES.items():
         value = (
             []
-            if name == "checkpointing"
+            if name in ("checkpointing", "compile")
             else [{"method": "lora", "optimizer": "lion", "schedule": "linear", "dtype": "auto"}.get(name, "1")]
         )
         needed = {"model": "m", "data": "d"}

@@ -14,7 +14,17 @@ import click
 from trimtab.cli.launch import launch, without_own
 from trimtab.cli.verb import Verb, columns, duration, figure, heading, is_other_rank, say, share, size
 from trimtab.core.errors import UserError, listing, nearest
-from trimtab.train.recipe import ALIASES, NAMED, OPTIMIZERS, Recipe, fields, read_recipe, recipe_from, said_twice
+from trimtab.train.recipe import (
+    ALIASES,
+    NAMED,
+    OPTIMIZERS,
+    SWITCHED,
+    Recipe,
+    fields,
+    read_recipe,
+    recipe_from,
+    said_twice,
+)
 from trimtab.train.settings import factory, method_settings, registered_settings, unfolded
 
 if TYPE_CHECKING:
@@ -22,8 +32,8 @@ if TYPE_CHECKING:
 
 GROUPS = {"what": "What", "data": "Data", "training": "Training"}
 RECIPE_ENDINGS = (".yaml", ".yml")
-BARE = ("checkpointing", *(alias for alias, name in ALIASES.items() if name == "checkpointing"))
-"""Flags that may stand without a value."""
+BARE = {one: on for name, (_, on) in SWITCHED.items() for one in (name, *ALIASES) if ALIASES.get(one, one) == name}
+"""Flags that may stand without a value, and what they mean then."""
 ARGUMENTS = "trimtab.arguments"
 """Where the context keeps the command line as it was given."""
 FLAGS = "trimtab.flags"
@@ -38,7 +48,7 @@ class Flag(click.Option):
     ) -> None:
         dashed = name.replace("_", "-")
         spelled = f"--{dashed}/--no-{dashed}" if switch else f"--{dashed}"
-        bare: dict[str, Any] = {"is_flag": False, "flag_value": "block"} if name in BARE else {}
+        bare: dict[str, Any] = {"is_flag": False, "flag_value": BARE[name]} if name in BARE else {}
         super().__init__(
             [spelled, name], help=text, default=None, hidden=hidden, metavar=None if switch else words or None, **bare
         )

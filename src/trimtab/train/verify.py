@@ -85,11 +85,11 @@ def verify(recipe: Recipe, rows: int = 7, reporter: Reporter | None = None) -> l
 def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
     """Every way of putting the same rows through the model against each row alone.
 
-    They are compared in float64, or in float32 where there is no room for that: a deep model's own rounding is larger
-    than a fault may be. Then once more as the run computes, where each row alone is off by its rounding, and the run
-    may be off by twice as much.
+    They are compared in float64, since a deep model's own rounding is larger than a fault may be; in float32 where
+    there is no room for that, or an operator that does not know it (experts' grouped products). Then once more as the
+    run computes, where each row alone is off by its rounding, and the run may be off by twice as much.
     """
-    wide = next((dtype for dtype in (torch.float64, torch.float32) if room_for(job.model, dtype)), None)
+    wide = next((dtype for dtype in (torch.float64, torch.float32) if computes_in(job, dtype, rows[0])), None)
     narrow = [] if wide is None else narrow_tensors(job.model, wide)
     if wide is None or not narrow:
         return ways_of(job, rows)[0]
@@ -102,6 +102,18 @@ def batching(job: Job, rows: Sequence[Encoded]) -> list[Check]:
     apart, worst = difference(run, rounded)
     name = f"as the run has them, in {str(kind).removeprefix('torch.')} = alone"
     return [*found, Check(name, apart <= bound, apart, bound, worst)]
+
+
+def computes_in(job: Job, dtype: torch.dtype, row: Encoded) -> bool:
+    """Whether a row goes through the model and back in a floating type."""
+    if not room_for(job.model, dtype):
+        return False
+    try:
+        with computing_in(job.model, dtype):
+            gradients(job, [padded(job, [row])])
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def ways_of(job: Job, rows: Sequence[Encoded]) -> tuple[list[Check], dict[str, Tensor]]:
