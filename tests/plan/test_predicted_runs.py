@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tests.cli.conftest import WORDS, save_model, write_rows
 
 from trimtab.plan.of_run import predicted
 from trimtab.train.prepare import prepare
-from trimtab.train.recipe import recipe_from
+from trimtab.train.recipe import Recipe, recipe_from
 from trimtab.train.reporter import Reporter
 
 METHODS = ("lora", "prefix_tuning", "prompt_tuning", "llama_adapter", "loreft")
@@ -38,3 +39,8 @@ def test_a_run_has_a_prediction(method: str, packing: str, values: dict[str, Any
     found = predicted(job)
     assert "reason" not in found
     assert found["predicted"]["activations"] > 0
+
+
+def test_what_compiled_blocks_keep_is_not_predicted() -> None:
+    job = SimpleNamespace(recipe=Recipe(model="m", data="d", compile="blocks"))
+    assert predicted(job) == {"predicted_bytes": None, "reason": "what compiled blocks keep is the compiler's choice"}

@@ -27,6 +27,8 @@ def predicted(job: Any) -> dict[str, Any]:
 
     The step is that of the first epoch's heaviest batch. Global random state is left as it was.
     """
+    if job.recipe.compile != "off":
+        return {"predicted_bytes": None, "reason": "what compiled blocks keep is the compiler's choice"}
     started = time.perf_counter()
     recipe, kind = replace(job.recipe, steps=job.steps), "cuda" if job.device.type == "cuda" else "cpu"
     outputs = len(job.train_rows.labels) if job.task == "classify" else None

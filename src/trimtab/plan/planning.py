@@ -88,6 +88,7 @@ def plan_of(recipe: Recipe, *, fit: Room | None = None, completions: float = 1.0
     recipe = settled(recipe, fit)
     length = recipe.max_length or 512
     notes = [] if recipe.max_length else ["rows of 512 tokens, as no length is given"]
+    notes += [] if recipe.compile == "off" else ["counted for blocks that are not compiled"]
     blank = read_outline(recipe)
     task = task_of(blank, recipe)
     dry = formula = None
