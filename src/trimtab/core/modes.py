@@ -18,3 +18,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def dropout_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """A module's own rates of dropout above 0 by attribute: a layer's, or one that an attention reads for itself."""
+    for name, value in vars(module).items():
+        named = "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
+        if named and isinstance(value, float) and value > 0:
+            yield name, value

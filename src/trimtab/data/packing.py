@@ -60,8 +60,12 @@ class Pack:
     rows: int
     row_tokens: int
     """Tokens of all rows before sharing."""
+    owners: Tensor
+    """(1, tokens): the row of each token, or one of its rows."""
     ends: tuple[Ends, ...] = ()
     """The ends of prompts at which no two rows share a token that one of them has edited and the other not."""
+    hidden: Tensor | None = None
+    """(1, tokens, width): what a frozen bottom makes of the tokens (`trimtab.engine.bottom`)."""
 
     @property
     def terms(self) -> int:
@@ -103,11 +107,18 @@ class Bag:
     first: Tensor
     labels: Tensor
     groups: tuple[Rows, ...]
+    hidden: Tensor | None = None
+    """What a frozen bottom makes of the tokens, (1, tokens, width) or, past the seam, (rows, 1, width)."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.labels)
 
     @property
     def terms(self) -> int:
         """Rows."""
-        return len(self.labels)
+        return self.rows
 
     def to(self, device: torch.device) -> Bag:
         """The same bag with its tensors on a device."""
@@ -189,6 +200,7 @@ def pack(rows: Sequence[Encoded], share: int | None = SHARE, ends: Sequence[Ends
         weights=torch.tensor([float(terms[one]) for one in ordered]),
         rows=len(rows),
         row_tokens=sum(len(row.ids) for row in rows),
+        owners=torch.tensor([builder.owners]),
         ends=tuple(ends),
     )
 

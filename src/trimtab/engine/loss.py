@@ -20,6 +20,7 @@ from trimtab.core.stack import packed_prompts, prompts
 from trimtab.data.batches import IGNORED, token_count
 from trimtab.data.packing import Bag, Pack
 from trimtab.engine.attention import edited_ends
+from trimtab.engine.bottom import beginning_at
 from trimtab.engine.encoder import outputs
 
 Batch = dict[str, Tensor] | Pack | Bag
@@ -36,10 +37,11 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]
     if isinstance(batch, Pack):
         require_parted(model, batch)
         inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "segments": batch.segments}
-        with packed_prompts(model, batch.positions, batch.prompts):
+        with packed_prompts(model, batch.positions, batch.prompts), beginning_at(model, batch.hidden):
             return causal_loss(model, inputs, (0, batch.sources), batch.targets, batch.weights)
     if isinstance(batch, Bag):
-        return labelled_loss(outputs(model, batch), batch.labels, task)
+        with beginning_at(model, batch.hidden):
+            return labelled_loss(outputs(model, batch), batch.labels, task)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
     if task in ("causal", "seq2seq"):

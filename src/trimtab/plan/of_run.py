@@ -43,6 +43,8 @@ def predicted(job: Any) -> dict[str, Any]:
     except FAILURES as error:
         return {"predicted_bytes": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     parts = {**live, **{name: round(size) for name, size in extra.items()}}
+    if kind == "cpu" and job.no_bottom() is None:
+        parts["bottom"] = job.bottom_bytes()
     spent = round(time.perf_counter() - started, 3)
     return {"predicted_bytes": sum(parts.values()), "predicted": parts, "seconds": spent}
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from trimtab.core.errors import UserError
 from trimtab.core.fisher import MEASURES
+from trimtab.core.machine import host_memory
 from trimtab.core.state import Part
 from trimtab.data.batches import collate
 from trimtab.data.encoded import Encoded, EncodedSet
-from trimtab.data.packing import SHARE, bag, pack
+from trimtab.data.packing import SHARE, Bag, Pack, bag, pack
 from trimtab.data.shares import shares
 from trimtab.engine.attention import edited_ends
+from trimtab.engine.bottom import Bottom, computed, frozen_blocks, on_bottom
 from trimtab.engine.encoder import Seam
 from trimtab.engine.faster import running
 from trimtab.engine.heap import heap_kept
@@ -26,6 +30,7 @@ from trimtab.engine.loss import Batch, ends_with_head, loss_sum, on
 from trimtab.engine.ranks import ALONE, Ranks
 from trimtab.evaluate.loss import evaluate
 from trimtab.train.recipe import Recipe
+from trimtab.train.reporter import Reporter
 from trimtab.train.updates import Ratios
 
 if TYPE_CHECKING:
@@ -60,6 +65,8 @@ class Job:
     slices: Slices | None = None
     codes: Path | None = None
     """The file of a base whose codes were chosen by data."""
+    bottom: Bottom | None = None
+    """What the frozen blocks below all that trains make of the training rows, while they are kept."""
 
     @property
     def sharded(self) -> bool:
@@ -81,7 +88,10 @@ class Job:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some training rows as one batch, on the model's device."""
-        return on(self.together([self.train_rows[index] for index in indices]), self.device)
+        made = on(self.together([self.train_rows[index] for index in indices]), self.device)
+        if self.bottom is None or isinstance(made, dict):
+            return made
+        return replace(made, hidden=self.bottom.of(made, indices))
 
     def together(self, rows: Sequence[Encoded]) -> Batch:
         """Rows as one sequence, or padded."""
@@ -100,6 +110,57 @@ class Job:
         parts = running(self.model, packed=packed, seam=self.seam, **how)
         with heap, parts:
             yield
+
+    @contextmanager
+    def on_bottom(self, tell: Reporter) -> Iterator[None]:
+        """Within `running`: what the frozen bottom makes of the training rows is kept, where it can be and pays."""
+        why = self.no_bottom()
+        if why is None:
+            tell.stage("computing the frozen blocks once")
+            started = time.perf_counter()
+            depth, size = frozen_blocks(self.model), self.recipe.batch_size
+            groups = (range(at, min(at + size, len(self.train_rows))) for at in range(0, len(self.train_rows), size))
+            parts = (self.alone([self.train_rows[row] for row in group]) for group in groups)
+            if self.task == "causal":
+                ends_with_head(self.model)  # by a trial, once: what goes through the model then is not to be kept
+            self.bottom = computed(self.model, depth, parts, lambda batch: loss_sum(self.model, batch, self.task))
+            why = "something drops out or trains below the blocks" if self.bottom is None else None
+            self.record["bottom_seconds"] = round(time.perf_counter() - started, 3)
+        if self.bottom is not None:
+            tell.note(
+                f"the lowest {self.bottom.depth} blocks, in which nothing trains, were computed once for all rows"
+            )
+        elif self.recipe.bottom == "cached":
+            raise UserError(f"bottom: the frozen blocks cannot be computed once: {why}", fix="bottom: auto")
+        try:
+            with on_bottom(self.model, self.bottom):
+                yield
+        finally:
+            self.bottom = None
+
+    def alone(self, rows: Sequence[Encoded]) -> Pack | Bag:
+        """Rows as one sequence that shares nothing, on the model's device."""
+        made = pack(rows, None) if self.seam is None else bag(rows, self.seam.first_position)
+        return made.to(self.device)
+
+    def no_bottom(self) -> str | None:
+        """Why the outputs of the frozen bottom are not kept; None where they may be."""
+        asked = self.recipe.bottom
+        if asked == "computed" or (asked == "auto" and self.steps <= self.steps_per_epoch):
+            return "nobody asked for it" if asked == "computed" else "rows are met once"
+        if self.packing == "off" or self.ranks.size > 1:
+            return "rows are padded" if self.packing == "off" else "several processes run"
+        if not frozen_blocks(self.model):
+            return "something trains in the lowest block, or virtual tokens go through it"
+        size = self.bottom_bytes()
+        return (
+            f"they take {size:,} bytes, over a quarter of this machine's memory" if size > host_memory() / 4 else None
+        )
+
+    def bottom_bytes(self) -> int:
+        """What the outputs of a block take for all training rows."""
+        kind: torch.dtype = getattr(torch, self.record["model"]["dtype"])
+        return sum(len(row.ids) for row in self.train_rows) * width_of(self.model) * kind.itemsize
 
     def measure_again(self, part: Part, step: int) -> dict[str, torch.Tensor]:
         """The statistics of a part on some training rows, other ones after every step."""
@@ -121,3 +182,10 @@ def statistics_of(model: nn.Module, part: Part, rows: Sequence[Batch], task: str
     if task == "causal":
         ends_with_head(model)  # by a trial, once: what goes through the model then is not to be measured
     return measure(model, rows, part.where, loss=lambda m, batch: loss_sum(m, batch, task)[0])
+
+
+def width_of(model: nn.Module) -> int:
+    """Width of the residual stream."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 1024)

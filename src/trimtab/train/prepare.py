@@ -32,7 +32,7 @@ from trimtab.models.loading import load as load_model
 from trimtab.models.starters import home
 from trimtab.models.tasks import writing_task
 from trimtab.train import base, rundir
-from trimtab.train.job import Job
+from trimtab.train.job import Job, width_of
 from trimtab.train.placing import laid_out, measured, placed_parts, require_seen, worded
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
@@ -308,10 +308,3 @@ def packing_of(recipe: Recipe, model: nn.Module, task: str, longest: int, seam: 
     if any(rates):
         raise UserError("packing: shared beginnings are not exact under dropout", fix="packing: plain, or dropout 0")
     return "shared"
-
-
-def width_of(model: nn.Module) -> int:
-    """Width of the residual stream."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 1024)

@@ -99,6 +99,11 @@ class Recipe:
         "Compile the blocks with torch.compile in place of the fast versions: off or blocks.",
         "training",
     )
+    bottom: str = option(
+        "auto",
+        "Frozen blocks below all that trains: computed, or cached, once for all epochs; auto: cached where exact.",
+        "training",
+    )
     evaluate_every: int | None = option(
         None, "Measure the held-out loss after this many steps, and keep the adapter of the lowest.", "training"
     )
@@ -183,6 +188,7 @@ CHOICES = {
     "attention": ("auto", "full", "shifted"),
     "checkpointing": ("off", "block", "sqrt", "selective", "offload"),
     "compile": ("off", "blocks"),
+    "bottom": ("auto", "cached", "computed"),
     "schedule": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "shard": ("none", "full", "hybrid"),

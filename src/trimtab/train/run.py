@@ -146,7 +146,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
     ranks.told(lambda: str(save(job.model, job.directory / rundir.ADAPTER, bake=recipe.bake, notes=notes)))
     heldout = [(0, record["before"]["loss"])]
     heldout += [(line["step"], line["heldout_loss"]) for line in metrics if "heldout_loss" in line]
-    seconds, rows = metrics[-1]["seconds"], metrics[-1]["rows"]
+    seconds, rows = metrics[-1]["seconds"] + record.get("bottom_seconds", 0.0), metrics[-1]["rows"]
     record |= {
         "status": "finished",
         "seconds": round(seconds, 3),
@@ -215,11 +215,11 @@ def train(job: Job, tell: Reporter) -> list[dict[str, Any]]:
     model.train()
     tell.start(job.steps, job.steps * rows_per_step, done=(step, counters["rows"]))
     trackers = opened(names_in(recipe.track) if ranks.first else [], job.directory, job.record)
-    started = last_saved = time.perf_counter()
     before = counters["seconds"]
     lines = job.directory / rundir.METRICS if ranks.first else os.devnull
     writing = Writer(job.directory, recipe.keep)
-    with open(lines, "a", encoding="utf-8") as log, Interrupt() as interrupt, writing as writer:
+    with job.on_bottom(tell), open(lines, "a", encoding="utf-8") as log, Interrupt() as interrupt, writing as writer:
+        started = last_saved = time.perf_counter()
         while step < job.steps:
             epoch, padded = step // job.steps_per_epoch, job.packing == "off"
             order = batches(job.train_rows, rows_per_step, recipe.seed, epoch, by_length=padded)

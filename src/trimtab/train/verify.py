@@ -23,6 +23,7 @@ from trimtab.core.attach import detach
 from trimtab.core.delta import Delta
 from trimtab.core.errors import UserError
 from trimtab.core.merge import merge
+from trimtab.core.modes import dropout_rates
 from trimtab.core.quantized import quantized_modules
 from trimtab.core.save import adapter_tensors, load, save
 from trimtab.core.state import require_state
@@ -188,9 +189,8 @@ def in_training(
 ) -> dict[str, Tensor]:
     """Gradients of a model in training, checkpointed or compiled, but without dropout."""
     model = job.model.train()
-    rates = [(one, name) for one in model.modules() for name, value in vars(one).items() if drops(one, name, value)]
-    before = [getattr(one, name) for one, name in rates]
-    for one, name in rates:
+    rates = [(one, name, rate) for one in model.modules() for name, rate in dropout_rates(one)]
+    for one, name, _ in rates:
         setattr(one, name, 0.0)
     for one in model.modules():
         if isinstance(one, Delta):
@@ -199,14 +199,9 @@ def in_training(
         with within():
             return gradients(job, parts, pieces, compile)
     finally:
-        for (one, name), rate in zip(rates, before, strict=True):
+        for one, name, rate in rates:
             setattr(one, name, rate)
         model.eval()
-
-
-def drops(module: nn.Module, name: str, value: Any) -> bool:
-    """Whether an attribute is a rate of dropout: a layer's, or one that an attention reads for itself."""
-    return isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout)))
 
 
 def difference(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> tuple[float, str]:
