@@ -50,7 +50,7 @@ def kept(notes: Notes) -> bool:
     return any("were computed once" in note for note in notes.notes)
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "block"])
+@pytest.mark.parametrize("checkpointing", ["off", "block", "selective", "offload"])
 @pytest.mark.parametrize("name", list(TOP))
 def test_losses_and_adapters_are_the_same(
     values: dict[str, Any], name: str, checkpointing: str, tmp_path: Path
@@ -108,6 +108,7 @@ def prepared(values: dict[str, Any], tmp_path: Path, **more: Any) -> Job:
         ({"method": "lora"}, "something trains in the lowest block"),
         ({"method": "prompt_tuning", "settings": {"length": 2}}, "virtual tokens go through it"),
         ({**TOP["toplayers"], "packing": "off"}, "rows are padded"),
+        ({**TOP["toplayers"], "checkpointing": "sqrt"}, "sqrt runs blocks in groups"),
         ({"method": "lora", "where": "embed, q@-1:"}, "something drops out or trains below the blocks"),
     ],
 )

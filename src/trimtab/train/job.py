@@ -150,6 +150,8 @@ class Job:
             return "nobody asked for it" if asked == "computed" else "rows are met once"
         if self.packing == "off" or self.ranks.size > 1:
             return "rows are padded" if self.packing == "off" else "several processes run"
+        if self.recipe.checkpointing == "sqrt":
+            return "checkpointing: sqrt runs blocks in groups"
         if not frozen_blocks(self.model):
             return "something trains in the lowest block, or virtual tokens go through it"
         size = self.bottom_bytes()
