@@ -109,7 +109,7 @@ def prepared(values: dict[str, Any], tmp_path: Path, **more: Any) -> Job:
         ({"method": "prompt_tuning", "settings": {"length": 2}}, "virtual tokens go through it"),
         ({**TOP["toplayers"], "packing": "off"}, "rows are padded"),
         ({**TOP["toplayers"], "checkpointing": "sqrt"}, "sqrt runs blocks in groups"),
-        ({"method": "lora", "where": "embed, q@-1:"}, "something drops out or trains below the blocks"),
+        ({"method": "lora", "where": "embed, q@-1:"}, "something is drawn anew or trains below the blocks"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_with_the_reason(
@@ -120,9 +120,13 @@ def test_what_cannot_be_kept_is_refused_with_the_reason(
         pass
 
 
-def test_a_bottom_that_drops_out_is_computed_anew(values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["layer", "config"])
+def test_a_bottom_that_draws_anew_is_computed_anew(values: dict[str, Any], tmp_path: Path, where: str) -> None:
     job = prepared(values, tmp_path, **TOP["toplayers"])
-    job.model.model.layers[0].self_attn.attention_dropout = 0.1
+    if where == "layer":
+        job.model.model.layers[0].self_attn.attention_dropout = 0.1
+    else:
+        job.model.config.router_jitter_noise = 0.1
     with job.running(), job.on_bottom(Reporter()):
         assert job.bottom is None
 

@@ -6,6 +6,7 @@ block that something trains in. Kept are outputs of rows packed in file order: a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Bottom:
     """(rows,): where each row begins."""
     beside: tuple[None, ...] | None
     """What a block returns beside its output, all of it nothing; None where it returns no tuple."""
+    narrowed: bool
+    """Whether only each row's first token is left behind these blocks."""
     now: Tensor | None = None
     """The outputs for the batch that runs now."""
 
@@ -44,10 +47,10 @@ class Bottom:
         if isinstance(batch, Pack):
             owners, positions = batch.owners.cpu(), batch.positions.cpu()
             return self.hidden[starts[owners[0]] + positions[0]][None].to(batch.ids.device)
+        if self.narrowed:
+            return self.hidden[starts][:, None].to(batch.ids.device)
         ends = torch.cat([self.starts, torch.tensor([len(self.hidden)])])[torch.tensor(rows) + 1]
         lengths, first = ends - starts, batch.first.cpu()
-        if bool((lengths == 1).all()):  # narrowed to the rows' first tokens already
-            return self.hidden[starts][:, None].to(batch.ids.device)
         places = torch.empty(int(lengths.sum()), dtype=torch.long)
         for start, length, at in zip(starts.tolist(), lengths.tolist(), first.tolist(), strict=True):
             places[at : at + length] = torch.arange(start, start + length)
@@ -78,9 +81,9 @@ def computed(
 ) -> Bottom | None:
     """The bottom of rows in these batches, in order; None where it is not the same for a row in every epoch.
 
-    That is, where something below drops out, or where what trains or is attached outside the blocks comes before them;
-    or where the blocks put out another number of tokens than they are given.
-    A pack shares no tokens between its rows.
+    That is, where something below is drawn anew (dropout, a router's noise), or where what trains or is attached
+    outside the blocks comes before them; or where the blocks put out another number of tokens than they are given. A
+    pack shares no tokens between its rows.
     """
     block, early = stacks_of(model)[0][depth - 1], list[nn.Module]()
     made: list[Any] = []
@@ -94,6 +97,7 @@ def computed(
     kept: list[Tensor] = []
     starts, total = list[int](), 0
     beside: tuple[None, ...] | None = None
+    narrowed = False
     try:
         with evaluating(model), torch.no_grad():
             for batch in batches:
@@ -101,16 +105,18 @@ def computed(
                     run(batch)
                 for hook in hooks:
                     hook.remove()
-                if not made or any(is_changed(one) or any(dropout_rates(one)) for one in early):
+                if not made or draws(model.config) or any(is_changed(one) or draws(one) for one in early):
                     return None
                 out = made.pop()
                 output, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
                 if rest and any(one is not None for one in rest):
                     return None
                 beside = None if rest is None else tuple(None for _ in rest)
-                if output.shape[:2] not in ((1, batch.ids.shape[1]), (batch.rows, 1)):
+                firsts = isinstance(batch, Bag) and output.shape[:2] == (batch.rows, 1) != batch.ids.shape
+                if not firsts and output.shape[:2] != batch.ids.shape:
                     return None
-                hidden, lengths = in_rows(output, batch)
+                hidden, lengths = (output[:, 0], [1] * batch.rows) if firsts else in_rows(output, batch)
+                narrowed |= firsts
                 kept.append(hidden.cpu())
                 for length in lengths:
                     starts.append(total)
@@ -119,15 +125,20 @@ def computed(
         last.remove()
         for hook in hooks:
             hook.remove()
-    return Bottom(depth, torch.cat(kept), torch.tensor(starts), beside)
+    return Bottom(depth, torch.cat(kept), torch.tensor(starts), beside, narrowed)
+
+
+def draws(thing: Any) -> bool:
+    """Whether a module or a configuration has a rate above 0 of something drawn anew in training, a head's aside."""
+    rates = {name: value for name, value in vars(thing).items() if isinstance(value, float) and value > 0}
+    drawn = any(re.search("drop|jitter|noise", name) and "classifier" not in name for name in rates)
+    return drawn or (isinstance(thing, nn.Module) and any(dropout_rates(thing)))
 
 
 def in_rows(output: Tensor, batch: Pack | Bag) -> tuple[Tensor, list[int]]:
     """(tokens, width) of a batch in the order of its rows, and how many tokens each has."""
     if isinstance(batch, Pack):
         return output[0], torch.bincount(batch.owners[0].cpu(), minlength=batch.rows).tolist()
-    if output.shape[0] == batch.rows and output.shape[1] == 1:
-        return output[:, 0], [1] * batch.rows
     first, order = batch.first.cpu(), torch.argsort(batch.first.cpu())
     ends = torch.cat([first[order][1:], torch.tensor([batch.ids.shape[1]])])
     stops = torch.empty_like(first)

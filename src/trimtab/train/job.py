@@ -124,7 +124,7 @@ class Job:
             if self.task == "causal":
                 ends_with_head(self.model)  # by a trial, once: what goes through the model then is not to be kept
             self.bottom = computed(self.model, depth, parts, lambda batch: loss_sum(self.model, batch, self.task))
-            why = "something drops out or trains below the blocks" if self.bottom is None else None
+            why = "something is drawn anew or trains below the blocks" if self.bottom is None else None
             self.record["bottom_seconds"] = round(time.perf_counter() - started, 3)
         if self.bottom is not None:
             tell.note(
