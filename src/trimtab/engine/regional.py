@@ -19,7 +19,6 @@ from trimtab.core.errors import UserError
 from trimtab.core.swap import swap, unswap
 from trimtab.engine.checkpointing import stacks_of
 
-WAYS = ("off", "blocks")
 PROGRAMS = 64
 """How many programs a block may have: in training and without gradients, with adapters of one kind or another."""
 
@@ -32,7 +31,7 @@ class Sealed:
 
 
 @contextmanager
-def compiled(model: nn.Module, way: str = "blocks", backend: str = "inductor") -> Iterator[None]:
+def compiled(model: nn.Module, way: str = "blocks") -> Iterator[None]:
     """Train the model with compiled blocks inside; measuring it goes as before. Errors: a model without blocks."""
     if way == "off":
         yield
@@ -44,7 +43,7 @@ def compiled(model: nn.Module, way: str = "blocks", backend: str = "inductor") -
 
     blocks = [block for stack in stacks for block in stack]
     for block in blocks:
-        block.__dict__["_trimtab_program"] = torch.compile(block._call_impl, dynamic=True, backend=backend)
+        block.__dict__["_trimtab_program"] = torch.compile(block._call_impl, dynamic=True)
         swap(block, programmed)
     try:
         with torch._dynamo.config.patch(recompile_limit=PROGRAMS), attention_outside(model):
