@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from trimtab.core.errors import UserError
 from trimtab.core.method import Method, WeightMethod
 from trimtab.core.rows import Rows
 from trimtab.core.site import Base, Known
-
-if TYPE_CHECKING:
-    pass
 
 
 class Group(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,6 @@ from trimtab.data.batches import collate
 from trimtab.data.encoded import EncodedSet
 from trimtab.train.job import MEASURED_ROWS, statistics_of
 from trimtab.train.reporter import Reporter
-
-if TYPE_CHECKING:
-    pass
 
 
 def placed_parts(method: Any, where: str | None, new_modules: Sequence[str], model: nn.Module) -> list[Placed]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trimtab.core.errors import UserError
 from trimtab.data.cache import encode_cached
@@ -19,9 +19,6 @@ from trimtab.models.starters import home
 from trimtab.models.tasks import decoder_start
 from trimtab.train.job import MEASURED_ROWS
 from trimtab.train.recipe import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def task_of(recipe: Recipe, form: str, target: str | None) -> str:
