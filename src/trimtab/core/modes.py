@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -20,8 +21,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def dropout_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
-    """A module's own rates of dropout above 0 by attribute: a layer's, or one that an attention reads for itself."""
+def dropout_rates(module: Any) -> Iterator[tuple[str, float]]:
+    """Rates of dropout above 0 by attribute, of a module or a configuration: a layer's, or what an attention reads."""
     for name, value in vars(module).items():
         named = "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
         if named and isinstance(value, float) and value > 0:

@@ -24,6 +24,8 @@ from trimtab.engine.checkpointing import stacks_of
 
 NAME = "_trimtab_bottom"
 """Where a model keeps its bottom while it trains."""
+NOISE = re.compile("jitter|noise")
+"""What routers of experts call what they add while they train."""
 
 
 @dataclass
@@ -42,19 +44,17 @@ class Bottom:
     """The outputs for the batch that runs now."""
 
     def of(self, batch: Pack | Bag, rows: Sequence[int]) -> Tensor:
-        """The outputs for a batch of these rows, as the lowest block that runs takes them."""
+        """The outputs for a batch of these rows that is on the host, as the lowest block that runs takes them."""
         starts = self.starts[torch.tensor(rows)]
         if isinstance(batch, Pack):
-            owners, positions = batch.owners.cpu(), batch.positions.cpu()
-            return self.hidden[starts[owners[0]] + positions[0]][None].to(batch.ids.device)
+            return self.hidden[starts[batch.owners[0]] + batch.positions[0]][None]
         if self.narrowed:
-            return self.hidden[starts][:, None].to(batch.ids.device)
-        ends = torch.cat([self.starts, torch.tensor([len(self.hidden)])])[torch.tensor(rows) + 1]
-        lengths, first = ends - starts, batch.first.cpu()
+            return self.hidden[starts][:, None]
+        lengths = torch.cat([self.starts, torch.tensor([len(self.hidden)])])[torch.tensor(rows) + 1] - starts
         places = torch.empty(int(lengths.sum()), dtype=torch.long)
-        for start, length, at in zip(starts.tolist(), lengths.tolist(), first.tolist(), strict=True):
+        for start, length, at in zip(starts.tolist(), lengths.tolist(), batch.first.tolist(), strict=True):
             places[at : at + length] = torch.arange(start, start + length)
-        return self.hidden[places][None].to(batch.ids.device)
+        return self.hidden[places][None]
 
 
 class Reached(Exception):
@@ -85,6 +85,9 @@ def computed(
     outside the blocks comes before them; or where the blocks put out another number of tokens than they are given. A
     pack shares no tokens between its rows.
     """
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    if draws(model.config) or draws(text):
+        return None
     block, early = stacks_of(model)[0][depth - 1], list[nn.Module]()
     made: list[Any] = []
 
@@ -105,8 +108,9 @@ def computed(
                     run(batch)
                 for hook in hooks:
                     hook.remove()
-                if not made or draws(model.config) or any(is_changed(one) or draws(one) for one in early):
+                if not made or any(is_changed(one) or draws(one) for one in early):
                     return None
+                early.clear()
                 out = made.pop()
                 output, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
                 if rest and any(one is not None for one in rest):
@@ -130,9 +134,9 @@ def computed(
 
 def draws(thing: Any) -> bool:
     """Whether a module or a configuration has a rate above 0 of something drawn anew in training, a head's aside."""
-    rates = {name: value for name, value in vars(thing).items() if isinstance(value, float) and value > 0}
-    drawn = any(re.search("drop|jitter|noise", name) and "classifier" not in name for name in rates)
-    return drawn or (isinstance(thing, nn.Module) and any(dropout_rates(thing)))
+    rates = {name: value for name, value in vars(thing).items() if NOISE.search(name) and isinstance(value, float)}
+    names = [name for name, value in rates.items() if value > 0] + [name for name, _ in dropout_rates(thing)]
+    return any("classifier" not in name for name in names)
 
 
 def in_rows(output: Tensor, batch: Pack | Bag) -> tuple[Tensor, list[int]]:

@@ -51,7 +51,7 @@ def loss_sum(model: nn.Module, batch: Batch, task: str) -> tuple[Tensor, Tensor]
     return labelled_loss(model(**inputs).logits, labels, task)
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """The same in float32, or in float64 where it is in that."""
     return x.float() if x.dtype.itemsize < 4 else x
 
@@ -69,9 +69,9 @@ def require_parted(model: nn.Module, pack: Pack) -> None:
 def labelled_loss(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
     """(summed loss, outputs) of rows with a class or a number each."""
     if task == "regress":
-        values = wide(logits.squeeze(-1))
+        values = at_least_float32(logits.squeeze(-1))
         return F.mse_loss(values, labels.to(values.dtype), reduction="sum"), values
-    return F.cross_entropy(wide(logits), labels, reduction="sum"), logits
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="sum"), logits
 
 
 def causal_loss(
@@ -82,7 +82,7 @@ def causal_loss(
         with only_positions(model, keep) as picked:
             logits = model(**inputs, use_cache=False).logits
         logits = logits if picked else logits[keep]
-        each = F.cross_entropy(wide(logits), targets, reduction="none")
+        each = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
         return each.sum() if weights is None else each @ weights.to(each.dtype), logits.new_empty(0)
     with hidden_only(model, keep) as found:
         model(**inputs, use_cache=False)
@@ -136,10 +136,10 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, weig
 
 def sum_of(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     """The loss alone."""
-    total = wide(hidden.new_zeros(()))
+    total = at_least_float32(hidden.new_zeros(()))
     for at in range(0, len(targets), CHUNK):
         here = slice(at, at + CHUNK)
-        each = F.cross_entropy(wide(head(hidden[here])), targets[here], reduction="none")
+        each = F.cross_entropy(at_least_float32(head(hidden[here])), targets[here], reduction="none")
         total += each.sum() if weights is None else each @ weights[here].to(each.dtype)
     return total
 
@@ -155,7 +155,7 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         *trained: Tensor,
     ) -> Tensor:
-        total = wide(hidden.new_zeros(()))
+        total = at_least_float32(hidden.new_zeros(()))
         wanted = [ctx.needs_input_grad[4], *(True for _ in trained)]
         sums = [torch.zeros_like(one) if asked else None for one, asked in zip((hidden, *trained), wanted, strict=True)]
         chunk = 4 * CHUNK if trained else CHUNK
@@ -168,7 +168,7 @@ class _Chunked(torch.autograd.Function):
             else:
                 logits = product(rows.detach(), W, head.bias)  # type: ignore[arg-type]
             goal = targets[here, None]
-            p = wide(logits.detach()) if W is not None else wide(logits.detach()).clone()
+            p = at_least_float32(logits.detach()) if W is not None else at_least_float32(logits.detach()).clone()
             top = p.amax(1, keepdim=True)
             each = top - p.gather(1, goal)
             size = p.sub_(top).exp_().sum(1, keepdim=True)
@@ -177,7 +177,7 @@ class _Chunked(torch.autograd.Function):
             total += (each * factor).sum()
             if W is not None:
                 if sums[0] is not None:  # (softmax − 1 at the label) W, scaled where it is narrow
-                    dh = wide(product(p.to(W.dtype), W.mT)).div_(size).sub_(W[targets[here]]).mul_(factor)
+                    dh = at_least_float32(product(p.to(W.dtype), W.mT)).div_(size).sub_(W[targets[here]]).mul_(factor)
                     sums[0][here] = dh.to(W.dtype)
                 continue
             p.div_(size).scatter_add_(1, goal, p.new_full(goal.shape, -1.0)).mul_(factor)

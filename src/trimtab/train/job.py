@@ -88,10 +88,10 @@ class Job:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some training rows as one batch, on the model's device."""
-        made = on(self.together([self.train_rows[index] for index in indices]), self.device)
-        if self.bottom is None or isinstance(made, dict):
-            return made
-        return replace(made, hidden=self.bottom.of(made, indices))
+        made = self.together([self.train_rows[index] for index in indices])
+        if self.bottom is not None and not isinstance(made, dict):
+            made = replace(made, hidden=self.bottom.of(made, indices))
+        return on(made, self.device)
 
     def together(self, rows: Sequence[Encoded]) -> Batch:
         """Rows as one sequence, or padded."""
