@@ -1,15 +1,18 @@
 """Our training step against TRL's SFTTrainer with PEFT: same rows in the same order, same start, optimizer, precision.
 
-    python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3] [--checkpointing]
+    python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3]
+        [--checkpointing [POLICY]]
         [--dtype float32|bfloat16] [--avx2] [--quantize affine]
 
 DIR holds `e2e/trainset.csv.gz` and `instruct/alpaca_part.json`. Each side runs in processes of its own, alternately,
 `--rounds` times; the first two steps warm up and are not timed. Both sides start from one LoRA (rank 8, all linears,
 drawn by us and copied into PEFT) and see the same batches, so their losses must agree. TRL gets the settings that ran
-fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. `--avx2` keeps torch,
-oneDNN and MKL of both sides to AVX2 where the machine has more. `--quantize affine` keeps our frozen linear weights in
-four bits, as the starter's own file does (their values stay, but for rounding in fp32); TRL's stay dense. Writes
-`benchmarks/results/vs_trl-<task>[-checkpointing][-bfloat16][-avx2][-affine].json`.
+fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. Neither side reads more
+of the data set than the rows it may train on. `--checkpointing` is TRL's of every block, and ours too unless it names
+another policy. `--avx2` keeps torch, oneDNN and MKL of both sides to AVX2 where the machine has more. `--quantize
+affine` keeps our frozen linear weights in four bits, as the starter's own file does (their values stay, but for
+rounding in fp32); TRL's stay dense. The largest batch of a run sets its peak, so memory wants more steps than speed.
+Writes `benchmarks/results/vs_trl-<task>[-checkpointing[-POLICY]][-bfloat16][-avx2][-affine].json`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -30,6 +34,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 WARM = 2
+SPARE = 64
+"""Rows of the file beyond those that are trained on, for the held-out ones and those that are too long."""
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
 RECIPES: dict[str, dict[str, Any]] = {
     "e2e": {"data": "e2e/trainset.csv.gz", "columns": {"prompt": "mr", "completion": "ref"}},
@@ -46,7 +52,7 @@ def job_of(asked: argparse.Namespace) -> Any:
     recipe = recipe_from(
         {
             **RECIPES[asked.task],
-            "data": str(asked.data / RECIPES[asked.task]["data"]),
+            "data": str(asked.folder / "some.jsonl"),
             "model": "smollm2-135m-instruct",
             "method": "lora",
             "rank": 8,
@@ -59,7 +65,7 @@ def job_of(asked: argparse.Namespace) -> Any:
             "warmup": 0,
             "max_length": 1024,
             "truncation": "drop",
-            "checkpointing": asked.checkpointing,
+            "checkpointing": asked.checkpointing or "off",
             "dtype": asked.dtype,
             "quantize": asked.quantize,
             "output": str(asked.folder / f"run-{os.getpid()}"),
@@ -68,6 +74,17 @@ def job_of(asked: argparse.Namespace) -> Any:
     job = prepare(recipe, Reporter())
     job.directory.mkdir(parents=True, exist_ok=True)
     return replace(job, steps=asked.steps)
+
+
+def cut(asked: argparse.Namespace) -> None:
+    """Write a file of some rows of the data set, drawn at random, a few more than are trained on."""
+    from trimtab.data.reading import read
+
+    source = RECIPES[asked.task]["data"]
+    table = read(str(asked.data / source)).rows
+    some = random.Random(0).sample(range(len(table)), min(len(table), asked.limit + SPARE))
+    lines = (json.dumps(table[at]) + "\n" for at in some)
+    (asked.folder / "some.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def peak() -> int:
@@ -165,7 +182,7 @@ def trl(asked: argparse.Namespace) -> dict[str, Any]:
         max_grad_norm=1.0,
         weight_decay=0.0,
         train_sampling_strategy="sequential",
-        gradient_checkpointing=asked.checkpointing,
+        gradient_checkpointing=bool(asked.checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": False} if asked.checkpointing else None,
         loss_type=asked.loss_type,
         max_length=None,
@@ -220,7 +237,7 @@ def main() -> None:
     reader.add_argument("--steps", type=int, default=12)
     reader.add_argument("--rounds", type=int, default=3)
     reader.add_argument("--limit", type=int, default=800)
-    reader.add_argument("--checkpointing", action="store_true")
+    reader.add_argument("--checkpointing", nargs="?", const="block", choices=("block", "sqrt", "selective", "offload"))
     reader.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     reader.add_argument("--avx2", action="store_true")
     reader.add_argument("--quantize", help="how we keep the frozen linear weights")
@@ -238,6 +255,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         asked.folder = Path(folder)
+        cut(asked)
         side(asked, "rows")
         about = json.loads((asked.folder / "about.json").read_text())
         found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
@@ -251,7 +269,7 @@ def main() -> None:
     memory = {name: statistics.median(run["peak"] for run in found[name]) for name in found}
     result = {
         "task": asked.task,
-        "checkpointing": asked.checkpointing,
+        "checkpointing": asked.checkpointing or False,
         "steps": asked.steps,
         "rounds": asked.rounds,
         "rows_per_second": {name: statistics.median(values) for name, values in speed.items()},
@@ -282,7 +300,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     kind = ("" if asked.dtype == "float32" else f"-{asked.dtype}") + ("-avx2" if asked.avx2 else "")
     kind += f"-{asked.quantize}" if asked.quantize else ""
-    name = f"vs_trl-{asked.task}{'-checkpointing' if asked.checkpointing else ''}{kind}.json"
+    again = {None: "", "block": "-checkpointing"}.get(asked.checkpointing, f"-checkpointing-{asked.checkpointing}")
+    name = f"vs_trl-{asked.task}{again}{kind}.json"
     (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=2))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trimtab.engine.heap import heap_kept, mallopt
+from trimtab.engine.heap import heap_kept, mallopt, trim
 
 pytestmark = pytest.mark.skipif(mallopt() is None, reason="the C library is not glibc")
 ENTRIES = 16 << 20  # 64 MiB of float32: above every threshold glibc moves to by itself
@@ -45,6 +45,16 @@ def grown_within_and_after() -> tuple[int, int]:
     return within, resident() - before
 
 
+def grown_before_and_after_a_trim() -> tuple[int, int]:
+    with heap_kept():
+        before = resident()
+        pieces = [torch.ones(ENTRIES // 16) for _ in range(16)]
+        del pieces[::2]  # holes, between what is still in use
+        grown = resident() - before
+        trim()
+        return grown, resident() - before
+
+
 def faults_after_an_error() -> int:
     with pytest.raises(RuntimeError, match="inside"), heap_kept():
         raise RuntimeError("inside")
@@ -71,6 +81,13 @@ def test_memory_goes_back_after_it() -> None:
     within, after = alone(grown_within_and_after)
     assert within > 2 * ENTRIES
     assert after < ENTRIES
+
+
+@pytest.mark.slow
+def test_holes_go_back_when_asked() -> None:
+    grown, after = alone(grown_before_and_after_a_trim)
+    assert grown > 4 * ENTRIES * 0.9
+    assert after < 4 * ENTRIES * 0.6
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ from trimtab.core.attach import SHARED
 from trimtab.core.errors import UserError
 from trimtab.core.swap import below, original, swap, unswap
 from trimtab.engine import rerun as rerunning
+from trimtab.engine.gradients import side_by_side
+from trimtab.engine.heap import trim
 from trimtab.engine.rerun import Disk, PinnedHost, Place, Shelf, can_rerun, rerun, taken_apart
 from trimtab.engine.selective import Results
 
@@ -52,13 +54,15 @@ def checkpointing(model: nn.Module, policy: str) -> Iterator[None]:
             size = math.isqrt(len(blocks) - 1) + 1 if policy == "sqrt" else 1
             on_cpu = next(blocks[0].parameters()).device.type == "cpu"
             keeper = Results(len(blocks), on_cpu) if policy == "selective" else None
-            how = Again(policy, whole(model), place_for(blocks, policy, size, folder), keeper)
+            ends = (blocks[0], blocks[-1]) if on_cpu else (None, None)
+            how = Again(policy, whole(model), place_for(blocks, policy, size, folder), keeper, *ends)
             groups = [Group(blocks[at : at + size], how) for at in range(0, len(blocks), size)]
             for at, block in enumerate(blocks):
                 block.__dict__["_trimtab_again"] = groups[at // size] if policy == "sqrt" else how
                 swap(block, grouped if policy == "sqrt" else wrapped)
         try:
-            yield
+            with side_by_side(model):
+                yield
         finally:
             for block in (block for blocks in stacks for block in blocks):
                 unswap(block)
@@ -112,6 +116,17 @@ class Again:
     whole: bool
     place: Place | None
     keeper: Results | None
+    first: nn.Module | None
+    last: nn.Module | None
+
+    @contextmanager
+    def between(self, block: nn.Module) -> Iterator[None]:
+        """A block's turn: what a pass has freed goes back before the first one, what the blocks did after the last."""
+        if block is self.first:
+            trim()
+        yield
+        if block is self.last:
+            trim()
 
     def __call__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`run`, of which backward makes again what the policy does not keep."""
@@ -138,10 +153,11 @@ def wrapped(cls: type) -> dict[str, Any]:
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = partial(cls.__call__, self)
-        if not again(self) or not trains([self], args, kwargs):
+        if not again(self):
             return run(*args, **kwargs)
         how: Again = self.__dict__["_trimtab_again"]
-        return how(run, args, kwargs)
+        with how.between(self):
+            return how(run, args, kwargs) if trains([self], args, kwargs) else run(*args, **kwargs)
 
     return {"__call__": call}
 
@@ -176,7 +192,8 @@ def grouped(cls: type) -> dict[str, Any]:
             group.given = (args, kwargs)
             runs = [partial(below(type(block)).__call__, block) for block in group.blocks]
             run, given = partial(_in_turn, runs), (x, *args)
-            out = group.how(run, given, kwargs) if trains(group.blocks, given, kwargs) else run(*given, **kwargs)
+            with group.how.between(self):
+                out = group.how(run, given, kwargs) if trains(group.blocks, given, kwargs) else run(*given, **kwargs)
             group.beside = out[1:] if isinstance(out, tuple) else None
             return out
         if not alike(group.given, (args, kwargs)):
@@ -186,7 +203,8 @@ def grouped(cls: type) -> dict[str, Any]:
             )
         if self is group.blocks[-1]:
             group.given = ()
-        return x if group.beside is None else (x, *group.beside)
+        with group.how.between(self):
+            return x if group.beside is None else (x, *group.beside)
 
     return {"__call__": call}
 

@@ -38,6 +38,7 @@ def heap_kept() -> Iterator[None]:
     if tell is None:
         yield
         return
+    trim()  # what loading left behind
     tell(M_MMAP_THRESHOLD, LARGE)
     tell(M_TRIM_THRESHOLD, LARGEST)
     try:
@@ -45,9 +46,14 @@ def heap_kept() -> Iterator[None]:
     finally:
         tell(M_MMAP_THRESHOLD, GLIBC_MMAP)
         tell(M_TRIM_THRESHOLD, GLIBC_TRIM)
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        trim()
+
+
+def trim() -> None:
+    """Give whole pages of freed memory back to the system, wherever in the heap they lie."""
+    function = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if function is not None:
+        function(0)
 
 
 def give_memory_back() -> None:

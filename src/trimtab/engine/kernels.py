@@ -99,6 +99,7 @@ class _GatedProduct(torch.autograd.Function):
         shape, dA, dB = g.shape, None, None
         g, u, dy = (one.reshape(-1, one.shape[-1]) for one in (g, u, dy))
         a, slope = activated(g, ctx.gate, slope=True)
+        m = None
         dm = product(dy, W.mT)
         if h is not None:
             A16, (B16,), _ = wide([Panel(W, None, A, B)])
@@ -109,8 +110,9 @@ class _GatedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[6]:
                 dB = (h.mT @ dy)[: len(A)].mT
             if ctx.needs_input_grad[5]:
-                dA = (share.mT @ torch.mul(a, u, out=room("m", g, g.shape)))[: len(A)]
-        du = a * dm
+                m = a * u
+                dA = (share.mT @ m)[: len(A)]
+        du = torch.mul(a, dm, out=m)
         dg = dm.mul_(slope.mul_(u))  # dm's own memory, no longer needed: fresh memory costs more than the product
         return dg.view(shape), du.view(shape), None, None, None, dA, dB
 

@@ -179,6 +179,7 @@ class _Chunked(torch.autograd.Function):
                 if sums[0] is not None:  # (softmax − 1 at the label) W, scaled where it is narrow
                     dh = at_least_float32(product(p.to(W.dtype), W.mT)).div_(size).sub_(W[targets[here]]).mul_(factor)
                     sums[0][here] = dh.to(W.dtype)
+                del logits, p  # or the next chunk's are made beside them
                 continue
             p.div_(size).scatter_add_(1, goal, p.new_full(goal.shape, -1.0)).mul_(factor)
             asked = [one for one, want in zip((rows, *trained), wanted, strict=True) if want]
