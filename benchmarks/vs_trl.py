@@ -1,17 +1,17 @@
 """Our training step against TRL's SFTTrainer with PEFT: same rows in the same order, same start, optimizer, precision.
 
-    python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3]
-        [--checkpointing [POLICY]]
-        [--dtype float32|bfloat16] [--avx2] [--quantize affine]
+    python benchmarks/vs_trl.py --data DIR [--task e2e|alpaca] [--steps 12] [--rounds 3] [--plain]
+        [--checkpointing [POLICY]] [--dtype float32|bfloat16] [--avx2] [--quantize affine]
 
 DIR holds `e2e/trainset.csv.gz` and `instruct/alpaca_part.json`. Each side runs in processes of its own, alternately,
 `--rounds` times; the first two steps warm up and are not timed. Both sides start from one LoRA (rank 8, all linears,
 drawn by us and copied into PEFT) and see the same batches, so their losses must agree. TRL gets the settings that ran
 fastest here: torch's own attention, no padding beyond the longest row of a batch, fused AdamW. Neither side reads more
 of the data set than the rows it may train on. `--checkpointing` is TRL's of every block, and ours too unless it names
-another policy. `--avx2` keeps torch, oneDNN and MKL of both sides to AVX2 where the machine has more. `--quantize
-affine` keeps our frozen linear weights in four bits, as the starter's own file does (their values stay, but for
-rounding in fp32); TRL's stay dense. The largest batch of a run sets its peak, so memory wants more steps than speed.
+another policy. `--plain` times our loop on packs that share no beginnings too. `--avx2` keeps torch, oneDNN and MKL of
+both sides to AVX2 where the machine has more. `--quantize affine` keeps our frozen linear weights in four bits, as the
+starter's own file does (their values stay, but for rounding in fp32); TRL's stay dense. The largest batch of a run sets
+its peak, so memory wants more steps than speed.
 Writes `benchmarks/results/vs_trl-<task>[-checkpointing[-POLICY]][-bfloat16][-avx2][-affine].json`.
 """
 
@@ -43,7 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def job_of(asked: argparse.Namespace) -> Any:
+def job_of(asked: argparse.Namespace, packing: str = "auto") -> Any:
     """Our job: model, rows and method, ready to train."""
     from trimtab.train.prepare import prepare
     from trimtab.train.recipe import recipe_from
@@ -68,6 +68,7 @@ def job_of(asked: argparse.Namespace) -> Any:
             "checkpointing": asked.checkpointing or "off",
             "dtype": asked.dtype,
             "quantize": asked.quantize,
+            "packing": packing,
             "output": str(asked.folder / f"run-{os.getpid()}"),
         }
     )
@@ -103,7 +104,7 @@ def order_of(job: Any, steps: int) -> list[list[int]]:
     return found[:steps]
 
 
-def ours(asked: argparse.Namespace) -> dict[str, Any]:
+def ours(asked: argparse.Namespace, packing: str = "auto") -> dict[str, Any]:
     """Time our loop."""
     from trimtab.engine.remembered import few_shapes_remembered
 
@@ -117,11 +118,16 @@ def ours(asked: argparse.Namespace) -> dict[str, Any]:
         def step(self, line: dict[str, Any]) -> None:
             self.times.append(time.perf_counter())
 
-    job, clock = job_of(asked), Clock()
+    job, clock = job_of(asked, packing), Clock()
     loaded = peak()
     with job.running():
         lines = train(job, clock)
     return {"times": clock.times, "losses": [line["loss"] for line in lines], "peak": peak(), "loaded": loaded}
+
+
+def plain(asked: argparse.Namespace) -> dict[str, Any]:
+    """Time our loop on packs in which nothing is shared."""
+    return ours(asked, "plain")
 
 
 def rows(asked: argparse.Namespace) -> None:
@@ -242,11 +248,12 @@ def main() -> None:
     reader.add_argument("--avx2", action="store_true")
     reader.add_argument("--quantize", help="how we keep the frozen linear weights")
     reader.add_argument("--loss-type", default="nll", help="TRL's")
-    reader.add_argument("--side", choices=("ours", "trl", "rows"), help=argparse.SUPPRESS)
+    reader.add_argument("--plain", action="store_true", help="time our loop without sharing beginnings too")
+    reader.add_argument("--side", choices=("ours", "plain", "trl", "rows"), help=argparse.SUPPRESS)
     reader.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = reader.parse_args()
     if asked.side:
-        print(json.dumps({"ours": ours, "trl": trl, "rows": rows}[asked.side](asked)))
+        print(json.dumps({"ours": ours, "plain": plain, "trl": trl, "rows": rows}[asked.side](asked)))
         return
     import peft
     import torch
@@ -258,13 +265,15 @@ def main() -> None:
         cut(asked)
         side(asked, "rows")
         about = json.loads((asked.folder / "about.json").read_text())
-        found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
+        sides = ("ours", "plain", "trl") if asked.plain else ("ours", "trl")
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for _ in range(asked.rounds):
-            for name in ("ours", "trl"):
+            for name in sides:
                 found[name].append(side(asked, name))
     timed = 8 * (asked.steps - WARM)
     speed = {name: [timed / (run["times"][-1] - run["times"][WARM - 1]) for run in found[name]] for name in found}
     ratios = [one / other for one, other in zip(speed["ours"], speed["trl"], strict=True)]
+    shared = [one / other for one, other in zip(speed["ours"], speed["plain"], strict=True)] if asked.plain else []
     apart = max(abs(a - b) for a, b in zip(found["ours"][0]["losses"], found["trl"][0]["losses"], strict=True))
     memory = {name: statistics.median(run["peak"] for run in found[name]) for name in found}
     result = {
@@ -276,6 +285,7 @@ def main() -> None:
         "rows_per_second_runs": speed,
         "speed_ratio": statistics.median(ratios),
         "speed_ratio_runs": ratios,
+        **({"over_plain_packing": statistics.median(shared), "over_plain_packing_runs": shared} if shared else {}),
         "peak_bytes": memory,
         "peak_ratio": memory["ours"] / memory["trl"],
         "largest_loss_difference": apart,

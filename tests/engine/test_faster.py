@@ -84,7 +84,7 @@ def agree(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "gemma"])
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("piece", [one for one in PIECES if one != "varlen"])
 def test_a_piece_changes_neither_loss_nor_gradients(name: str, piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "LARGE", 0)
     monkeypatch.setattr("trimtab.engine.faster.LARGE", 0)

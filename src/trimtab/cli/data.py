@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from trimtab.data.encoded import Encoded, EncodedSet
     from trimtab.data.examples import Example
+    from trimtab.data.mixture import Source
 
 LONGEST = 600
 """Characters of a field or a piece that are shown."""
@@ -46,15 +47,55 @@ def command(
     train_on: Any,
     shown: int,
 ) -> dict[str, Any]:
-    """Read a data file as `trimtab tune` would: its form, its rows and, with --model, the tokens that are trained."""
-    from trimtab.data.forms import detect, examples
-    from trimtab.data.reading import read
+    """Read a data file as `trimtab tune` would: its form, its rows and, with --model, the tokens that are trained.
 
-    table = read(file)
-    form = detect(table, mapping(roles))
-    rows = examples(table, form)
+    A YAML file that lists several is read as their mixture: how many rows of each an epoch has, then each of them.
+    """
+    from trimtab.data.mixture import apportioned, gather, is_mixture
+
+    sources = gather(file, mapping(roles))
+    tokenizer, found = None if model is None else tokenizer_of(model), list[dict[str, Any]]()
+    sizes = [len(one.rows) for one in sources.parts]
+    amounts = apportioned(sum(sizes), sources.weights(sizes))
+    if is_mixture(file):
+        say(heading(str(file)))
+        shares = zip(sources.parts, sizes, amounts, strict=True)
+        say(
+            columns(
+                [
+                    (one.name, f"{share:,} of {sum(sizes):,} rows an epoch ({share / sum(sizes):.0%}), it has {size:,}")
+                    for one, size, share in shares
+                ]
+            )
+            + "\n"
+        )
+    for source in sources.parts:
+        if found:
+            say("")
+        found.append(described(source))
+        if tokenizer is None:
+            found[-1]["examples"] = [plain(row) for row in source.rows[:shown]]
+            for one in found[-1]["examples"]:
+                say("\n" + columns([(key, short(value)) for key, value in one.items()]))
+            continue
+        from trimtab.data.examples import Labelled
+        from trimtab.models.tasks import decoder_start_of
+
+        start = None if isinstance(source.rows[0], Labelled) else decoder_start_of(str(model))
+        found[-1] |= encoded(source.rows, tokenizer, max_length, truncation, train_on, shown, start)
+    if tokenizer is None:
+        say(f"\nTo see the trained tokens: trimtab data {file} --model smollm2-135m-instruct")
+    if not is_mixture(file):
+        return found[0]
+    mixed = [one | {"rows_per_epoch": amount} for one, amount in zip(found, amounts, strict=True)]
+    return {"path": str(file), "sha256": sources.sha256, "sources": mixed}
+
+
+def described(source: Source) -> dict[str, Any]:
+    """What one data set holds, printed and as plain data."""
+    table, form, rows = source.table, source.form, source.rows
     found: dict[str, Any] = {
-        "path": str(file),
+        "path": str(table.path),
         "kind": table.kind,
         "sha256": table.sha256,
         "form": form.name,
@@ -74,19 +115,8 @@ def command(
         facts.append(("labels", ", ".join(f"{label} {count}" for label, count in sorted(found["labels"].items()))))
     elif form.target:
         facts.append(("target", "a number"))
-    say(heading(str(file)) + "\n" + columns(facts))
-    if model is None:
-        found["examples"] = [plain(row) for row in rows[:shown]]
-        for one in found["examples"]:
-            say("\n" + columns([(key, short(value)) for key, value in one.items()]))
-        say(f"\nTo see the trained tokens: trimtab data {file} --model smollm2-135m-instruct")
-        return found
-    from trimtab.data.examples import Labelled
-    from trimtab.models.tasks import decoder_start_of
-
-    tokenizer = tokenizer_of(model)
-    start = None if isinstance(rows[0], Labelled) else decoder_start_of(model)
-    return found | encoded(rows, tokenizer, max_length, truncation, train_on, shown, start)
+    say(heading(str(table.path)) + "\n" + columns(facts))
+    return found
 
 
 def mapping(text: str | None) -> dict[str, str] | None:

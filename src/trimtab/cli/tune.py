@@ -200,17 +200,24 @@ def methods_with(setting: str) -> list[str]:
     return [name for name in names() if setting in method_settings(name)]
 
 
+def flags_for(key: str) -> set[str]:
+    """The flags of a key of a recipe, those that other tools call it by among them."""
+    return {f"--{key}", *("--" + alias.replace("_", "-") for alias, name in ALIASES.items() if name == key)}
+
+
 def name_in(args: list[str], key: str = "method") -> str | None:
     """The method (or another named thing) of a command line, or of the recipe named there; None when neither says."""
-    names = {f"--{key}", *("--" + alias.replace("_", "-") for alias, name in ALIASES.items() if name == key)}
-    found = None
+    names, found = flags_for(key), None
     for place, argument in enumerate(args):
         name, equals, value = argument.partition("=")
         if name in names and (equals or place + 1 < len(args)):
             found = value if equals else args[place + 1]
     if found is not None:
         return found
-    for argument in args:
+    of_data = flags_for("data") | flags_for("heldout")
+    for before, argument in zip(["", *args], args, strict=False):
+        if before in of_data:  # a mixture of data sets has the ending of a recipe
+            continue
         if argument.endswith(RECIPE_ENDINGS) and not argument.startswith("-") and Path(argument).is_file():
             for one, value in read_recipe(argument).items():
                 if ALIASES.get(one, one) == key and value is not None:

@@ -83,7 +83,9 @@ def batches(
     shuffle: bool = True,
     by_length: bool = False,
 ) -> list[list[int]]:
-    """The batches of one epoch, as lists of indices; every index occurs once, and the last batch may be short.
+    """The batches of one epoch, as lists of indices; the last batch may be short.
+
+    Every index occurs once; of a mixture of data sets, shuffled, each as often as the mixture draws it.
 
     They depend on (seed, epoch), the sizes and nothing else: not on the process, nor on Python's hash seed. `by_length`
     puts sequences of like length together, to save padding: shuffled ones within windows of 50 batches, whose batches
@@ -91,7 +93,8 @@ def batches(
     """
     if isinstance(batch_size, bool) or batch_size < 1:
         raise UserError(f"batches: batch_size={batch_size!r} is not a positive number", fix="batch_size=8")
-    order = list(range(len(encoded)))
+    drawn = getattr(encoded, "drawn", None) if shuffle else None
+    order = list(range(len(encoded))) if drawn is None else drawn(seed, epoch)
     generator = random.Random(f"{seed}/{epoch}")
     if shuffle:
         generator.shuffle(order)

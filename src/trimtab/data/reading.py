@@ -127,6 +127,11 @@ def _kind(path: Path, kind: str | None) -> str:
         return ""
     if not suffixes or suffixes[-1] not in KINDS:
         ending = suffixes[-1] if suffixes else "no ending"
+        if ending in (".yaml", ".yml"):
+            raise UserError(
+                f"{path}: a list of data sets, as `tune`, `verify` and `data` read it; here one data set is read",
+                fix="name one of the files it lists",
+            )
         raise UserError(
             f"{path}: cannot tell the kind of file from its name ({ending}); known endings: "
             f"{listing(KINDS)}, each also with .gz",

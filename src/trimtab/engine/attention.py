@@ -10,7 +10,7 @@ import dis
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from trimtab.core.state import state_of
 from trimtab.core.swap import original
 from trimtab.data.packing import Bag, Segment
 from trimtab.engine.row_attention import row_attention
+from trimtab.engine.varlen import in_one_call, varlen_attention
 
 NAME = "trimtab_segments"
 NOT_PLAIN = ("softcap", "position_bias")
@@ -44,12 +45,14 @@ def segment_attention(
     dropout: float = 0.0,
     segments: Sequence[Segment] | Bag | None = None,
     s_aux: Tensor | None = None,
+    varlen: bool = True,
     **options: Any,  # whatever transformers passes to every attention function
 ) -> tuple[Tensor, None]:
     """Attention over one pack: query (1, heads, tokens, width), key and value with as many heads or fewer.
 
     `s_aux` (heads) are scores of a key that every query meets and that has no value: a sink. Returns (1, tokens, heads,
-    width). Without `segments` (generation, a padded batch) torch's own attention runs.
+    width). Without `segments` (generation, a padded batch) torch's own attention runs. With `varlen` a pack is one call
+    where a GPU has that.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -74,6 +77,8 @@ def segment_attention(
     def attend(query: Tensor) -> Tensor:
         if segments is None:
             return found(query, key, value, attention_mask)
+        if varlen and not rate and s_aux is None and in_one_call(query):
+            return varlen_attention(query, key, value, spans, scaling)
         outputs = []
         for index, (segment, q) in enumerate(zip(spans, query.split(lengths, dim=2), strict=True)):
             k, v, mask = keys[index], values[index], None
@@ -201,11 +206,12 @@ def attached(model: nn.Module) -> list[Method]:
 
 
 @contextmanager
-def segments_in(model: Any) -> Iterator[None]:
-    """Run the model with segment attention inside; its own attention comes back afterwards."""
+def segments_in(model: Any, varlen: bool = True) -> Iterator[None]:
+    """Run the model with segment attention inside, in one call where a GPU has it unless told otherwise; its own
+    attention comes back afterwards."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, segment_attention)
+    AttentionInterface.register(NAME, segment_attention if varlen else partial(segment_attention, varlen=False))
     with replaced_attention(model, NAME):
         yield
 

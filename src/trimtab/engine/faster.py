@@ -31,7 +31,7 @@ from trimtab.engine.rotary import turning
 from trimtab.engine.shifted_attention import shifted_in
 from trimtab.engine.siblings import panel_of, together
 
-PIECES = ("aligned", "norms", "gates", "siblings", "rotary", "linears")
+PIECES = ("aligned", "norms", "gates", "siblings", "rotary", "linears", "varlen")
 EXACT = 1e-5
 
 
@@ -71,7 +71,8 @@ def running(
     """What a model is trained and measured in: attention for packed rows or in shifted groups, fast pieces, compiled
     blocks, checkpointing."""
     few_shapes_remembered()
-    attention = shifted_in(model, group) if group else segments_in(model) if packed else nullcontext()
+    segments = segments_in(model, "varlen" in pieces) if packed else nullcontext()
+    attention = shifted_in(model, group) if group else segments
     with ExitStack() as stack:
         stack.enter_context(attention)
         stack.enter_context(first_tokens(model, seam))

@@ -123,7 +123,7 @@ def datasets(value: Any, values: Mapping[str, Any], made: Migrated) -> Values:
     listed = value if isinstance(value, list) else [value]
     paths = [one.get("path") if isinstance(one, Mapping) else one for one in listed]
     if len(paths) > 1:
-        made.lost.append(("datasets", paths[1:], "a recipe has one data file: put the rows together"))
+        made.lost.append(("datasets", paths[1:], SEVERAL))
     first = listed[0] if isinstance(listed[0], Mapping) else {}
     files = first.get("data_files")
     path = files[0] if isinstance(files, list) and files else files or paths[0]
@@ -133,6 +133,7 @@ def datasets(value: Any, values: Mapping[str, Any], made: Migrated) -> Values:
     return {"data": path} | ({"columns": columns} if columns else {})
 
 
+SEVERAL = "a recipe names one data file: list them in a YAML file (`- path: FILE`), and let `data` name that"
 COLUMNS = {"field_instruction": "prompt", "field_output": "completion", "field": "text"}
 
 
@@ -140,7 +141,7 @@ def named_data(value: Any, values: Mapping[str, Any], made: Migrated) -> Values:
     """A data set known by its name elsewhere: the name is kept, a file has to take its place."""
     names = [one.strip() for one in str(value).split(",")]
     if len(names) > 1:
-        made.lost.append(("dataset", names[1:], "a recipe has one data file: put the rows together"))
+        made.lost.append(("dataset", names[1:], SEVERAL))
     if not Path(names[0]).suffix:
         made.notes.append(f"data: {names[0]!r} is a name there and has to be a file here")
     return {"data": names[0]}

@@ -42,19 +42,17 @@ class Difference:
 
 def probes(run: Run | None, model: nn.Module, tokenizer: Any, count: int = PROBES) -> tuple[list[list[int]], str]:
     """Token ids to compare on, and what they are: the first rows of the run's data, else random ids."""
-    from trimtab.core.files import sha256_of
     from trimtab.data.encode import encode_all
-    from trimtab.data.forms import detect, examples
-    from trimtab.data.reading import read
+    from trimtab.data.mixture import gather
     from trimtab.evaluate.generate import room_of
 
     longest = min(PROBE_TOKENS, room_of(model) - 1)
     if run is not None and Path(run.recipe.data).is_file():
         known = (run.record.get("data") or {}).get("sha256")
         with suppress(UserError):  # rows that cannot be read or encoded alone are no obstacle to merging
-            if sha256_of(Path(run.recipe.data)) == known:
-                table = read(run.recipe.data)
-                rows = examples(table, detect(table, run.recipe.columns or None))[:count]
+            found = gather(run.recipe.data, run.recipe.columns)
+            if found.sha256 == known:
+                rows = found.parts[0].rows[:count]
                 made = encode_all(rows, tokenizer, max_length=None, train_on="all")
                 return [row.ids[:longest] for row in made], f"{len(made)} rows of the run's data"
     return random_rows(model, tokenizer, count, longest)

@@ -19,6 +19,7 @@ from trimtab.core.machine import host_memory
 from trimtab.core.state import Part
 from trimtab.data.batches import collate
 from trimtab.data.encoded import Encoded, EncodedSet
+from trimtab.data.mixture import Mixed
 from trimtab.data.packing import SHARE, Bag, Pack, bag, pack
 from trimtab.data.shares import shares
 from trimtab.engine.attention import edited_ends
@@ -173,9 +174,18 @@ class Job:
 
     def measure(self) -> dict[str, Any]:
         """The held-out measures of the model as it is."""
-        size = self.recipe.batch_size
-        rows, ranks = self.heldout_rows, self.ranks
-        return evaluate(self.model, rows, self.task, self.pad_id, batch_size=size, together=self.together, ranks=ranks)
+        return self.measured_on(self.heldout_rows)
+
+    def measure_each(self) -> dict[str, Any]:
+        """The same, and the loss on the rows of each data set of a mixture."""
+        rows = self.heldout_rows
+        parts = [(name, rows.part(at)) for at, name in enumerate(rows.names)] if isinstance(rows, Mixed) else []
+        return self.measure() | {f"loss ({name})": self.measured_on(part)["loss"] for name, part in parts}
+
+    def measured_on(self, rows: EncodedSet) -> dict[str, Any]:
+        """The measures of the model on some rows."""
+        how: dict[str, Any] = {"batch_size": self.recipe.batch_size, "together": self.together, "ranks": self.ranks}
+        return evaluate(self.model, rows, self.task, self.pad_id, **how)
 
 
 def statistics_of(model: nn.Module, part: Part, rows: Sequence[Batch], task: str) -> dict[str, torch.Tensor]:

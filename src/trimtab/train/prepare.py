@@ -11,15 +11,14 @@ from torch import nn
 
 from trimtab.core.attach import attach
 from trimtab.core.delta import Delta
-from trimtab.core.errors import UserError
+from trimtab.core.errors import UserError, listing
 from trimtab.core.format import Format
 from trimtab.core.method import InputMethod
 from trimtab.core.registry import to_json
 from trimtab.core.state import require_state
 from trimtab.data.batches import collate
 from trimtab.data.encoded import EncodedSet
-from trimtab.data.forms import detect, examples
-from trimtab.data.reading import read
+from trimtab.data.mixture import Mixed, gather, rows_per_epoch, shares_in
 from trimtab.engine.attention import can_pack
 from trimtab.engine.encoder import Seam, seam_of
 from trimtab.engine.faster import PIECES
@@ -36,7 +35,7 @@ from trimtab.train.job import Job, width_of
 from trimtab.train.placing import laid_out, measured, placed_parts, require_seen, worded
 from trimtab.train.recipe import Recipe, build_method, with_preset
 from trimtab.train.reporter import Reporter
-from trimtab.train.rows import encoded, label_names, parts_of, task_of
+from trimtab.train.rows import encoded_sources, label_names, parts_of, task_of_all
 from trimtab.train.trackers import names_in
 from trimtab.train.updates import Point, ratios_of, refuse, rule_of, schedule_of
 
@@ -71,16 +70,16 @@ def prepare(
     torch.manual_seed(recipe.seed)
 
     tell.stage("reading data")
-    table = read(recipe.data)
-    form = detect(table, recipe.columns or None)
-    task = task_of(recipe, form.name, form.target)
+    sources = gather(recipe.data, recipe.columns)
+    task = task_of_all(recipe, sources)
     if task == "causal" and recipe.task == "auto":
         task = writing_task(recipe.model)
-    train_examples, heldout_examples = parts_of(recipe, examples(table, form))
-    tell.note(f"{form.name} data: {len(train_examples)} training rows, {len(heldout_examples)} held out")
+    training, measuring = parts_of(recipe, sources)
+    forms = listing(dict.fromkeys(one.form.name for one in sources.parts))
+    tell.note(f"{forms} data: {len(training.rows)} training rows, {len(measuring.rows)} held out")
 
     tell.stage("loading model")
-    labels = label_names(train_examples) if task == "classify" else None
+    labels = label_names(training.rows) if task == "classify" else None
     slices = None
     if loaded is None and ranks.size > 1 and recipe.shard != "none" and task == "causal":
         loaded, slices = hollow_of(recipe, method, ranks) or (None, None)
@@ -100,12 +99,14 @@ def prepare(
     base.require_dense(model, format)
     parts = [worded(part, loaded.tokenizer) for part in placed_parts(method, recipe.where, loaded.new_modules, model)]
     reserved = sum(part.method.virtual_tokens for part in parts if isinstance(part.method, InputMethod))
-    train_rows, heldout_rows = encoded(recipe, loaded, train_examples, heldout_examples, reserved)
+    train_rows, heldout_rows = encoded_sources(recipe, loaded, training, measuring, reserved)
+    for line in shares_in(train_rows):
+        tell.note(line)
     require_seen(parts, train_rows, model)
     for note in (*loaded.notes, *train_rows.report.notes):
         tell.note(note)
 
-    steps_per_epoch = math.ceil(len(train_rows) / (recipe.batch_size * recipe.accumulation))
+    steps_per_epoch = math.ceil(rows_per_epoch(train_rows) / (recipe.batch_size * recipe.accumulation))
     steps = recipe.steps or max(1, math.ceil(recipe.epochs * steps_per_epoch))
     parts = [laid_out(part, steps, tell) for part in parts]
     if format is not None and format.needs_inputs and any(part.method.takes_out for part in parts):
@@ -170,11 +171,12 @@ def prepare(
         },
         "data": {
             "path": recipe.data,
-            "sha256": table.sha256,
-            "form": form.name,
+            "sha256": sources.sha256,
+            "form": forms,
             "train_rows": len(train_rows),
             "heldout_rows": len(heldout_rows),
             "report": vars(train_rows.report) | {"notes": list(train_rows.report.notes)},
+            **({"sources": shares_in(train_rows)} if isinstance(train_rows, Mixed) else {}),
         },
         "method": [
             {"method": to_json(part.method), "where": part.where, "sites": len(part.places)} for part in attached

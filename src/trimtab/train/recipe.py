@@ -224,7 +224,7 @@ def fields() -> dict[str, dataclasses.Field[Any]]:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML recipe; paths in it that exist beside the file are taken from there."""
+    """The mapping in a YAML recipe; data files that are not where the command runs are looked for beside the recipe."""
     import yaml
 
     try:
@@ -235,7 +235,20 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise UserError(f"recipe: {path} is not valid YAML: {error}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"recipe: {path} holds no `key: value` pairs")
-    return dict(content)
+    return {key: beside(value, Path(path)) if is_file_key(key) else value for key, value in content.items()}
+
+
+def is_file_key(key: Any) -> bool:
+    """Whether a key of a recipe names a data file."""
+    plain = str(key).replace("-", "_")
+    return ALIASES.get(plain, plain) in ("data", "heldout")
+
+
+def beside(value: Any, recipe: Path) -> Any:
+    """A path that does not exist, as one from the recipe's own folder if it exists there."""
+    if not isinstance(value, str) or Path(value).exists() or not (recipe.parent / value).is_file():
+        return value
+    return str(recipe.parent / value)
 
 
 def recipe_from(values: Mapping[str, Any]) -> Recipe:
@@ -323,6 +336,8 @@ def converted(name: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
         value = SWITCHED[name][str(value).lower() in YES]
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{value!r} is not one of {listing(CHOICES[name])}")
+    if name in ("data", "heldout") and isinstance(value, list | Mapping):
+        raise ValueError("several data sets are listed in a YAML file of their own, which this names")
     if name == "where" and isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     if kind.startswith("Mapping"):

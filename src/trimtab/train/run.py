@@ -21,6 +21,7 @@ from trimtab.core.mapped import let_go_replaced
 from trimtab.core.save import save
 from trimtab.core.settle import settle
 from trimtab.data.batches import batches
+from trimtab.data.mixture import row_name
 from trimtab.engine.loss import loss_sum, terms_of
 from trimtab.engine.ranks import Ranks, joined
 from trimtab.train import base, checkpoint, rundir
@@ -126,7 +127,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         if "before" not in record:
             tell.stage("measuring the untuned model")
             activate(job.model, None)
-            record["before"] = job.measure()
+            record["before"] = job.measure_each()
             activate(job.model, "default")
             let_go_replaced(job.model)
             ranks.told(lambda: started(job, record))
@@ -136,7 +137,7 @@ def carry_out(job: Job, tell: Reporter) -> Result:
         metrics = search(job, tell) if searched else train(job, tell)
 
         tell.stage("measuring the tuned model")
-        record["after"] = job.measure()
+        record["after"] = job.measure_each()
         tell.evaluated("after", record["after"])
     notes = {"tokenizer": job.train_rows.report.fingerprint, "base": record["model"]["fingerprint"]}
     notes |= {"dtype": record["model"]["dtype"]}
@@ -333,7 +334,7 @@ def refuse_divergence(
             f"training diverged: loss {loss:.4g} at step {step + 1}, {max(early):.4g} before",
             fix="lower --learning-rate; `trimtab tune --find-lr` shows where it starts to diverge",
         )
-    named = listing(str(job.train_rows[index].row) for index in culprits(job, rows) or rows)
+    named = listing(row_name(job.train_rows, index) for index in culprits(job, rows) or rows)
     raise UserError(
         f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; rows {named}",
         fix="lower --learning-rate; if it happens at once, look at these rows",
