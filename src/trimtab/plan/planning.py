@@ -339,7 +339,8 @@ def beside(
     read = table is not None and not any(W is table.weight for W in own)
     if value == stored and read and (head is None or head.weight is not table.weight):
         mapped -= value * table.weight.numel() * unread(tokens, value * table.weight.shape[1], len(table.weight))
-    extra = around(live, fit.kind, vocabulary_of(model), mapped, bool(recipe.quantize), through)
+    again = recipe.checkpointing != "off"
+    extra = around(live, fit.kind, vocabulary_of(model), mapped, bool(recipe.quantize), through, again)
     if fit.kind == "cpu" and value != stored and recipe.shard == "none":
         both = (value + stored) * sum(one.numel() for one in model.parameters())
         extra["loading"] = max(0.0, extra["process"] + both - sum(live.values()) - sum(extra.values()))
