@@ -164,6 +164,7 @@ def run_text(found: Mapping[str, Any]) -> str:
             f"{recipe['data']}: {data.get('form', '?')} form, {data.get('train_rows', '?')} training rows, "
             f"{data.get('heldout_rows', '?')} held out, sha256 {str(data.get('sha256', 'unknown'))[:16]}",
         ),
+        *(("", str(line)) for line in data.get("sources", [])),
         ("task", str(found.get("task", recipe["task"]))),
         ("training", training(found)),
         ("seed", str(recipe["seed"])),
