@@ -226,3 +226,22 @@ def test_only_what_is_changed_in_place_is_not_kept(device: str) -> None:
             changed += 1
             kept + changed
     assert [bool(step.held) for step in held()] == [True, False]
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_freed_memory_goes_back_around_the_blocks_where_they_are_large(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("trimtab.engine.checkpointing.trim", lambda: told.append("back"))
+    model, batch = ready("llama", "lora"), collate(rows_with_common_beginnings(), 0)
+    gradients(model, batch, policy)
+    assert not told
+    monkeypatch.setattr("trimtab.engine.checkpointing.WORTH", 1)
+    gradients(model, batch, policy)
+    assert told == ["back", "back"]
+    told.clear()
+    gradients(model, batch, "off")
+    with torch.no_grad(), checkpointing(model, policy):
+        loss_sum(model, batch, "causal")
+    assert not told

@@ -92,7 +92,7 @@ def test_measuring_is_not_compiled_and_all_is_as_before_afterwards(untranslated:
 
     model, batch = ready("llama", "lora"), pack(rows_with_common_beginnings(), 1)
     classes = [type(module) for module in model.modules()]
-    with running(model, packed=True, pieces=(), compile="blocks"):
+    with running(model, packed=True, pieces=("varlen",), compile="blocks"):
         assert AttentionInterface()[NAME] is not segment_attention
         model.eval()
         with torch.no_grad():

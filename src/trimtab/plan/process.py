@@ -21,8 +21,8 @@ HOLES, HALF = 0.6, 900e6
 of small steps have few holes, those of large ones many. Fitted to SmolLM2 with LoRA from 64 to 2,048 tokens. Where
 activations are computed again, or layers take turns in training, less is held at once but as much passes: x is that."""
 LEFT = 0.5
-"""Share of these holes that is left where blocks run again, around which freed memory goes back to the system: SmolLM2
-and MiniLM with LoRA, from 512 to 1,024 tokens a step, had 0.08 to 1.2 of them."""
+"""Share of these holes that is left where blocks run again: small gradients lie side by side there, and freed memory
+goes back around large blocks. SmolLM2 and MiniLM with LoRA, 512 and 1,024 tokens a step, had 0.08 to 1.2 of them."""
 MOST = 1e9
 """The most of it: larger steps are made of tensors that are mapped one by one. Assumed; 0.7e9 is the most seen."""
 CODED = 120e6
