@@ -76,6 +76,13 @@ def alone(model: torch.nn.Module, rows: list[Encoded]) -> torch.Tensor:
     return total
 
 
+def agree(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> None:
+    """Each gradient is within 1e-5 of the largest entry of all."""
+    scale = max(float(gradient.abs().max()) for gradient in wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * scale
+
+
 @pytest.mark.parametrize("make", [llama, qwen, gpt2])
 @pytest.mark.parametrize("share", [None, 4, 16])
 @pytest.mark.parametrize("method", ["full", "lora", "houlsby"])
@@ -100,9 +107,7 @@ def test_packed_gradients_equal_those_of_rows_alone(make, share: int | None, met
         loss, _ = loss_sum(model, packed, "causal")
         found = torch.autograd.grad(loss, trained)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    scale = max(float(gradient.abs().max()) for gradient in wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert float((one - other).abs().max()) <= 1e-5 * scale
+    agree(found, wanted)
 
 
 VIRTUAL = {
@@ -133,10 +138,8 @@ def test_prompts_and_prefixes_are_exact_in_a_pack(make, share: int | None, metho
         loss, _ = loss_sum(model, pack(rows, share), "causal")
         found = torch.autograd.grad(loss, trained)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    scale = max(float(gradient.abs().max()) for gradient in wanted)
     assert all(bool(gradient.any()) for gradient in wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert float((one - other).abs().max()) <= 1e-5 * scale
+    agree(found, wanted)
 
 
 def test_padded_packed_and_accumulated_agree() -> None:

@@ -51,7 +51,7 @@ def command(
 
     A YAML file that lists several is read as their mixture: how many rows of each an epoch has, then each of them.
     """
-    from trimtab.data.mixture import apportioned, gather, is_mixture
+    from trimtab.data.mixture import apportioned, gather, is_mixture, share_of
 
     sources = gather(file, mapping(roles))
     tokenizer, found = None if model is None else tokenizer_of(model), list[dict[str, Any]]()
@@ -59,16 +59,8 @@ def command(
     amounts = apportioned(sum(sizes), sources.weights(sizes))
     if is_mixture(file):
         say(heading(str(file)))
-        shares = zip(sources.parts, sizes, amounts, strict=True)
-        say(
-            columns(
-                [
-                    (one.name, f"{share:,} of {sum(sizes):,} rows an epoch ({share / sum(sizes):.0%}), it has {size:,}")
-                    for one, size, share in shares
-                ]
-            )
-            + "\n"
-        )
+        shares = zip(sources.parts, amounts, sizes, strict=True)
+        say(columns([(one.name, share_of(share, sum(sizes), size)) for one, share, size in shares]) + "\n")
     for source in sources.parts:
         if found:
             say("")

@@ -222,12 +222,13 @@ def shares_in(rows: Sequence[Any]) -> list[str]:
     """A line for each source of a mixture: how many of the rows of an epoch are its own."""
     if not isinstance(rows, Mixed):
         return []
-    whole = sum(rows.amounts)
     parts = zip(rows.names, rows.sizes, rows.amounts, strict=True)
-    return [
-        f"{name}: {amount} of {whole} rows an epoch ({amount / whole:.0%}), it has {size}"
-        for name, size, amount in parts
-    ]
+    return [f"{name}: {share_of(amount, sum(rows.amounts), size)}" for name, size, amount in parts]
+
+
+def share_of(amount: int, whole: int, size: int) -> str:
+    """How much of an epoch is a source's own, for people."""
+    return f"{amount:,} of {whole:,} rows an epoch ({amount / whole:.0%}), it has {size:,}"
 
 
 def rows_per_epoch(rows: Sequence[Any]) -> int:

@@ -112,7 +112,7 @@ class _GatedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[5]:
                 m = a * u
                 dA = (share.mT @ m)[: len(A)]
-        du = torch.mul(a, dm, out=m)
+        du = torch.mul(a, dm, out=m)  # in m's own memory, if it was made
         dg = dm.mul_(slope.mul_(u))  # dm's own memory, no longer needed: fresh memory costs more than the product
         return dg.view(shape), du.view(shape), None, None, None, dA, dB
 
